@@ -1,0 +1,75 @@
+# Snakemake schedules; DVC decides, by content, what is out of date, runs each stage's command and records it.
+#
+#     snakemake --cores 8 fused_model      the fused rack, measured after every stack
+#     snakemake --cores 8                  everything: fine-tuning branches, metrics, report figures
+#     snakemake --report report.html       the report, from what is there
+#
+# The stages stand in workflow/stages.py; their parameters in params.yaml.
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, workflow.basedir)
+from stackwise.config.params import load
+from stackwise.errors import UserError
+from workflow.stages import table
+from workflow.sync import sync
+
+# DVC's commands say `python`: the one that runs Snakemake.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+try:
+    if config:
+        raise UserError(f"--config {' '.join(config)}: change params.yaml instead, which DVC watches too")
+    STAGES = table(load("params.yaml"))
+    if workflow.is_main_process:  # not again in the jobs that a cluster runs
+        sync(STAGES)
+except UserError as error:
+    sys.exit(f"error: {error}")
+
+STAGE = {stage.name: stage for stage in STAGES}
+MAKER = {path: stage for stage in STAGES for path in (*stage.outputs, *stage.metrics, *stage.plots)}
+
+
+def receipts(*names):
+    return [STAGE[name].receipt for name in names if name in STAGE]
+
+
+localrules:
+    all,
+    fused_model,
+
+
+rule all:
+    input:
+        receipts(*STAGE),
+
+
+rule fused_model:
+    input:
+        receipts("check_params", "fuse", "tune_jointly", "evaluate_fused"),
+        receipts(*(f"evaluate_stack_{k}" for k in range(len(STAGES)))),
+
+
+for stage in STAGES:
+
+    rule:
+        name:
+            stage.name
+        input:
+            # Always ancient: whether a stage is current is never judged by modification times.
+            receipts=[ancient(MAKER[path].receipt) for path in stage.inputs],
+            sources=[ancient(path) for path in stage.dependencies if path not in MAKER],
+        output:
+            touch(stage.receipt),
+        log:
+            f"logs/{stage.name}.log",
+        benchmark:
+            f"logs/benchmarks/{stage.name}.tsv"
+        threads: stage.threads
+        resources:
+            **stage.resources,
+        params:
+            stage=stage.name,
+        shell:
+            "python -m dvc --wait-for-lock repro --quiet --single-item {params.stage}"

@@ -1,0 +1,247 @@
+"""How fast the activation store reads and writes, and how long a training loop waits for its batches.
+
+Every figure is a ratio to a control that moves the same bytes on the same machine in the same run. The
+contestants take turns, in a random order each round; the median over the rounds counts. Run it on an idle
+machine:
+
+    python -m benchmarks.loader --check
+
+- Reading: batches of 32 random rows from files that are in memory (warm), into the buffers that a loader
+  would use in turn. The control is `np.take` with `out=` and `mode="clip"` on an `np.memmap` of the same
+  bytes, the fastest way to fill such a buffer: fancy indexing and the default mode copy everything twice.
+- Writing: shards with their checksums, each synced, against plain files of 16 MiB, each synced.
+- Waiting: the share of its time that a loop with steps of about 40 ms waits for a `PrefetchLoader` whose
+  batches come verified from the store; for comparison, the share if the loop reads them itself.
+"""
+
+import argparse
+import itertools
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stackwise.cache.loader import PrefetchLoader
+from stackwise.cache.store import ActivationStore, StoreLayout, rows_per_shard
+
+BATCH = 32  # rows
+SEQ, D_MODEL = 256, 512
+DEPTH = 4  # batches ready
+STEP_SECONDS = 0.04
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a median, and what it should be at least (or, of a share of time, at most)."""
+
+    name: str
+    figure: str
+    value: float
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        low = self.at_least is None or self.value >= self.at_least
+        return low and (self.at_most is None or self.value <= self.at_most)
+
+    def __str__(self) -> str:
+        target = "-"
+        if self.at_least is not None:
+            target = f">= {self.at_least:g}"
+        elif self.at_most is not None:
+            target = f"<= {self.at_most:g}"
+        verdict = "" if target == "-" else "pass" if self.passed else "FAIL"
+        return f"{self.name:<44} {self.figure:>12} {self.value:>8.3f} {target:>8}  {verdict}"
+
+
+def take_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each contestant returned in each round, after one round that does not count."""
+    results: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name in random.Random(turn).sample(list(contestants), len(contestants)):
+            result = contestants[name]()
+            if turn:
+                results[name].append(result)
+    return results
+
+
+def speed_lines(speeds: dict[str, list[float]], control: str, targets: dict[str, float | None]) -> list[Line]:
+    """The speeds (bytes a second), each with its median ratio to the control of the same round."""
+    lines = []
+    for name, values in speeds.items():
+        ratio = statistics.median(v / c for v, c in zip(values, speeds[control], strict=True))
+        figure = f"{statistics.median(values) / 1e6:.0f} MB/s"
+        lines.append(Line(name, figure, ratio, at_least=targets.get(name)))
+    return lines
+
+
+def prepare(directory: Path, rows: int) -> tuple[ActivationStore, np.memmap]:
+    """A store of random rows and a plain file of the same rows."""
+    row_bytes = SEQ * D_MODEL * 2
+    layout = StoreLayout(rows, SEQ, D_MODEL, "bfloat16", rows_per_shard(row_bytes))
+    store = ActivationStore.create(directory / "store", layout)
+    rng = np.random.default_rng(0)
+    with (directory / "plain").open("wb") as plain:
+        for g in range(layout.shards):
+            shape = (len(layout.shard_range(g)), SEQ, D_MODEL)
+            activations = rng.integers(0, 2**16, shape, dtype=np.uint16)
+            store.write_shard(g, activations)
+            activations.tofile(plain)
+    return store, np.memmap(directory / "plain", np.uint16, "r", shape=(rows, SEQ, D_MODEL))
+
+
+def measure_reads(store: ActivationStore, plain: np.memmap, rounds: int) -> list[Line]:
+    """Shuffled warm batches into the buffers that a `PrefetchLoader` would use in turn."""
+    ring = [np.empty((BATCH, SEQ, D_MODEL), np.uint16) for _ in range(DEPTH + 1)]
+    rng = np.random.default_rng(1)
+
+    def through(read: Callable[[np.ndarray, np.ndarray], object]) -> Callable[[], float]:
+        def run() -> float:
+            order = rng.permutation(store.layout.rows)
+            batches = [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
+            began = time.perf_counter()
+            for batch, out in zip(batches, itertools.cycle(ring), strict=False):
+                read(batch, out)
+            return len(batches) * ring[0].nbytes / (time.perf_counter() - began)
+
+        return run
+
+    speeds = take_turns(
+        {
+            "read: memmap, np.take(out=, mode='clip')": through(
+                lambda rows, out: np.take(plain, rows, axis=0, out=out, mode="clip")
+            ),
+            "read: store, verified": through(lambda rows, out: store.read_rows(rows, out)),
+            "read: store, not verified": through(lambda rows, out: store.read_rows(rows, out, verify=False)),
+        },
+        rounds,
+    )
+    targets: dict[str, float | None] = {"read: store, verified": 0.5, "read: store, not verified": 0.7}
+    return speed_lines(speeds, "read: memmap, np.take(out=, mode='clip')", targets)
+
+
+def measure_writes(directory: Path, rounds: int, shards: int = 8) -> list[Line]:
+    """New files of 16 MiB each, every one on the disk before the next is begun."""
+    shard_rows = rows_per_shard(SEQ * D_MODEL * 2)
+    layout = StoreLayout(shards * shard_rows, SEQ, D_MODEL, "bfloat16", shard_rows)
+    store = ActivationStore.create(directory / "written", layout)
+    activations = np.random.default_rng(2).integers(0, 2**16, (shard_rows, SEQ, D_MODEL), dtype=np.uint16)
+    plain = [directory / f"plain-{g}" for g in range(shards)]
+    sync = getattr(os, "fdatasync", os.fsync)
+
+    def write_store() -> float:
+        for g in range(shards):
+            store.drop_shard(g)
+        began = time.perf_counter()
+        for g in range(shards):
+            store.write_shard(g, activations)
+        return shards * activations.nbytes / (time.perf_counter() - began)
+
+    def write_plain() -> float:
+        for path in plain:
+            path.unlink(missing_ok=True)
+        began = time.perf_counter()
+        for path in plain:
+            with path.open("wb", buffering=0) as file:
+                file.write(activations.data)
+                sync(file.fileno())
+        return shards * activations.nbytes / (time.perf_counter() - began)
+
+    speeds = take_turns({"write: plain files": write_plain, "write: store": write_store}, rounds)
+    return speed_lines(speeds, "write: plain files", {"write: store": 0.3})
+
+
+def measure_waiting(store: ActivationStore, rounds: int, steps: int) -> list[Line]:
+    """Loops of matrix products that touch each batch once."""
+    import torch
+
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+
+    def products(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            torch.mm(a, b)
+        return time.perf_counter() - began
+
+    products(10)
+    count = max(1, round(STEP_SECONDS / (statistics.median(products(5) for _ in range(9)) / 5)))
+    ring = [np.empty((BATCH, SEQ, D_MODEL), np.uint16) for _ in range(DEPTH + 1)]
+    rng = np.random.default_rng(3)
+    orders = [rng.integers(0, store.layout.rows, BATCH) for _ in range(steps)]
+
+    def make_batch(step: int) -> np.ndarray:
+        out = ring[step % len(ring)]
+        store.read_rows(orders[step], out)
+        return out
+
+    def train(batch: np.ndarray) -> None:
+        torch.from_numpy(batch).view(torch.bfloat16).sum()
+        products(count)
+
+    def with_loader() -> float:
+        began = time.perf_counter()
+        with PrefetchLoader(make_batch, range(steps), DEPTH) as loader:
+            for batch in loader:
+                train(batch)
+        return loader.waited / (time.perf_counter() - began)
+
+    def without_loader() -> float:
+        waited = 0.0
+        began = time.perf_counter()
+        for step in range(steps):
+            asked = time.perf_counter()
+            batch = make_batch(step)
+            waited += time.perf_counter() - asked
+            train(batch)
+        return waited / (time.perf_counter() - began)
+
+    shares = take_turns({"read in the loop": without_loader, "PrefetchLoader": with_loader}, rounds)
+    targets = {"PrefetchLoader": 0.02}
+    lines = []
+    for name, values in shares.items():
+        share = statistics.median(values)
+        lines.append(Line(f"wait: {name}", f"{share:.1%}", share, at_most=targets.get(name)))
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table; returns 1 if a target is missed and `--check` was given, otherwise 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loader", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=2048, help="rows of 256 KiB to read from (default: 2048)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of a training loop (default: 40)")
+    parser.add_argument(
+        "--dir", type=Path, help="where to put the files, removed at the end (default: system's)"
+    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    options = parser.parse_args(arguments)
+    if options.rows < BATCH:
+        parser.error(f"--rows must be at least {BATCH}")
+    if options.rounds < 1 or options.steps < 1:
+        parser.error("--rounds and --steps must be positive")
+
+    with tempfile.TemporaryDirectory(dir=options.dir, prefix="stackwise-loader-") as name:
+        directory = Path(name)
+        store, plain = prepare(directory, options.rows)
+        with store:
+            lines = measure_reads(store, plain, options.rounds)
+            lines += measure_writes(directory, options.rounds)
+            lines += measure_waiting(store, max(1, options.rounds // 3), options.steps)
+
+    print(f"{'':<44} {'median':>12} {'ratio':>8} {'target':>8}")
+    for line in lines:
+        print(line)
+    return int(options.check and not all(line.passed for line in lines))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""StackWise: pretrain transformers stack by stack."""

@@ -1,0 +1,1 @@
+"""The activation cache: boundaries on disk."""

@@ -1,0 +1,75 @@
+"""Sections `data` and `tokenizer`: where the text comes from and how it becomes token ids."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from stackwise.config.section import Section
+
+
+class DataParams(Section):
+    """Where the text comes from and how it is cleaned and split."""
+
+    source: Literal["python-docs", "files", "hub", "dummy"] = "python-docs"
+    """`python-docs`: the documentation inside the running Python. `files`: `data.files`. `hub`: the data set named by `data.dataset`. `dummy`: seeded artificial text for smoke tests."""
+    files: list[str] = []
+    """Globs of .txt, .jsonl, .parquet or .csv files, relative to the project (source `files`)."""
+    dataset: str | None = None
+    """Name of a Hugging Face data set, or `name:configuration` (source `hub`)."""
+    split: str = "train"
+    """Split of the data set to read (source `hub`)."""
+    text_column: str = "text"
+    """Column of .jsonl, .parquet, .csv files and of hub data sets that holds the text."""
+    dummy_documents: int = Field(default=512, ge=2)
+    """Number of documents that the generator makes (source `dummy`)."""
+    max_documents: int | None = Field(default=None, ge=2)
+    """Read no more than this many documents of the source (null: all)."""
+    min_chars: int = Field(default=32, ge=1)
+    """Documents shorter than this after cleaning are dropped (characters)."""
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the documents that is held out for validation, drawn from the seed."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = []
+        if self.source == "files" and not self.files:
+            found.append(("files", "expected at least one glob, because data.source is files"))
+        if self.source == "hub" and not self.dataset:
+            found.append(("dataset", "expected the name of a data set, because data.source is hub"))
+        if self.source != "files" and self.files:
+            found.append(
+                ("files", f"has no effect with data.source {self.source}: set data.source to files or files to []")
+            )
+        if self.source != "hub" and self.dataset is not None:
+            found.append(
+                ("dataset", f"has no effect with data.source {self.source}: set data.source to hub or dataset to null")
+            )
+        return found
+
+
+class TokenizerParams(Section):
+    """How text becomes token ids."""
+
+    type: Literal["bpe", "byte", "char", "pretrained"] = "bpe"
+    """`bpe`: byte-level BPE trained on the corpus. `byte`: the 256 bytes. `char`: the corpus's characters. `pretrained`: `tokenizer.name`."""
+    vocab_size: int | None = Field(default=1024, ge=2)
+    """Number of token ids of a trained `bpe` tokenizer, or the most characters that `char` keeps (null: all)."""
+    name: str | None = None
+    """Local directory or hub name for `AutoTokenizer` (type `pretrained`)."""
+    train_chars: int = Field(default=100_000_000, ge=1)
+    """A trained tokenizer sees at most this many characters of the corpus."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = []
+        if self.type == "bpe" and (self.vocab_size is None or self.vocab_size < 258):
+            found.append(
+                ("vocab_size", "expected at least 258 for type bpe (256 bytes, the end of a text and one merge)")
+            )
+        if self.type in ("byte", "pretrained") and self.vocab_size is not None:
+            found.append(("vocab_size", f"has no effect with tokenizer.type {self.type}: set it to null"))
+        if self.type == "pretrained" and not self.name:
+            found.append(("name", "expected a directory or a hub name, because tokenizer.type is pretrained"))
+        if self.type != "pretrained" and self.name is not None:
+            found.append(
+                ("name", f"has no effect with tokenizer.type {self.type}: set type to pretrained or name to null")
+            )
+        return found

@@ -1,0 +1,118 @@
+"""Sections of everything that trains: stacks, optimizer, joint fine-tuning, fine-tuning, checkpoints."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from stackwise.config.section import Section
+
+Init = Literal["copy", "zero", "random"]
+
+
+class StackParams(Section):
+    """One stack and its training; the defaults for all stacks."""
+
+    blocks: int = Field(default=2, ge=1)
+    """Number of blocks (transformer layers)."""
+    steps: int = Field(default=300, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Samples per step."""
+    lr: float = Field(default=3e-3, gt=0)
+    """Peak learning rate."""
+    init: Init = "copy"
+    """Weights of a new stack: `copy` of the one below, `zero` (its output projections are zero, so it starts as the identity) or `random`. The first stack has nothing to copy and starts at random."""
+
+
+class StackOverrides(Section):
+    """What one stack does differently from `stack`."""
+
+    blocks: int | None = Field(default=None, ge=1)
+    """Number of blocks of this stack."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of this stack."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Samples per step of this stack."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of this stack."""
+    init: Init | None = None
+    """Initial weights of this stack."""
+
+
+class OptimizerParams(Section):
+    """AdamW and its learning-rate schedule, wherever something trains."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Epsilon of AdamW."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices; norms are not decayed."""
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the whole gradient (null: no clipping)."""
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches that a step's batch is cut into; must divide every batch size."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
+    """Learning rate after warm-up: `constant`, `linear` or `cosine` down to `final_lr`, or `wsd`: constant, then linear decay over the last `decay` share."""
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of the steps in which the learning rate rises linearly from zero."""
+    decay: float = Field(default=0.3, gt=0, le=1)
+    """Share of the steps in which schedule `wsd` decays."""
+    final_lr: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            return [
+                ("decay", f"expected at most {1 - self.warmup:g}, because warmup takes {self.warmup:g} of the steps")
+            ]
+        return []
+
+
+class JointParams(Section):
+    """Joint fine-tuning of the whole fused rack."""
+
+    share: float = Field(default=0.0, ge=0, le=1)
+    """Steps of joint fine-tuning as a share of the steps of all stacks together (0: none)."""
+    batch_size: int = Field(default=32, ge=1)
+    """Samples per step."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+
+
+class BranchParams(Section):
+    """One fine-tuning branch."""
+
+    steps: int = Field(default=150, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Samples per step."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+
+
+class MLMParams(BranchParams):
+    """The masked-LM branch."""
+
+    mask_rate: float = Field(default=0.15, gt=0, le=1)
+    """Share of the tokens that is masked."""
+
+
+class FineTuneParams(Section):
+    """Fine-tuning branches of the fused rack; they run in parallel. A branch that is null does not exist."""
+
+    clm: BranchParams | None = None
+    """Causal language modelling: causal attention, every next token."""
+    mlm: MLMParams | None = None
+    """Masked language modelling at one mask rate."""
+    diffusion: BranchParams | None = None
+    """More mask-diffusion with all stacks training."""
+
+
+class CheckpointParams(Section):
+    """Resuming interrupted stages. Changes no result."""
+
+    every: int = Field(default=100, ge=1)
+    """Steps between checkpoints."""

@@ -1,0 +1,1 @@
+"""Text to tokens: corpus sources, tokenizers, token datasets."""

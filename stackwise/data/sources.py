@@ -1,0 +1,267 @@
+"""Sources of raw text: every one a stream of documents in an order that never changes."""
+
+import ast
+import glob
+import inspect
+import os
+import random
+import re
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from stackwise.config.data import DataParams
+from stackwise.errors import UserError
+
+TEXT_DOCUMENT_CHARS = 16 * 1024
+"""A .txt file with more characters than this is cut into documents of at most this many."""
+READERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Suffix of a table file -> the reader of `datasets` that streams it."""
+
+
+def documents(params: DataParams, seed: int) -> Iterator[str]:
+    """The raw documents of the source, one at a time, in the same order every time.
+
+    Args:
+        params: the section `data`.
+        seed: seed of the generator; only the source `dummy` depends on it.
+
+    Raises:
+        UserError: while iterating: the source is missing, empty or unreadable.
+    """
+    source: Callable[[], Iterator[str]] = {
+        "python-docs": python_docs,
+        "files": lambda: _file_documents(params),
+        "hub": lambda: _hub_documents(params),
+        "dummy": lambda: islice(dummy_documents(seed), params.dummy_documents),
+    }[params.source]
+    return islice(source(), params.max_documents)
+
+
+# --- python-docs
+
+_SKIPPED = {
+    *("test", "tests", "site-packages", "dist-packages", "__pycache__"),
+    *("ensurepip", "idlelib", "lib2to3", "pydoc_data", "turtledemo"),
+}
+_WORD = re.compile(r"[A-Za-z]{2,}")
+
+
+def python_docs() -> Iterator[str]:
+    """The docstrings of each standard library module, a document a module, then the topics of `help()`.
+
+    Modules are parsed, never imported. The text is that of the Python that runs this: another version has
+    another one.
+
+    Raises:
+        UserError: this Python comes without the sources of its standard library.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = []
+    for folder, folders, names in os.walk(library):
+        folders[:] = [name for name in folders if name not in _SKIPPED]  # os.walk goes no further than these
+        modules += [Path(folder, name) for name in names if name.endswith(".py")]
+    modules.sort()
+    if not modules:
+        raise UserError(
+            f"data.source = python-docs: Python {sys.version.split()[0]} has no standard library sources in "
+            f"{library}; use another Python or set data.source to files"
+        )
+    for module in modules:
+        docstrings = list(_docstrings(module))
+        if docstrings:
+            yield "\n\n".join(docstrings)
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions package it apart
+        return
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def _docstrings(module: Path) -> Iterator[str]:
+    """The docstrings of a module that are prose, from top to bottom."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in other people's strings
+            tree = ast.parse(module.read_bytes())
+    except (SyntaxError, ValueError):  # templates and the like
+        return
+    owners = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    for node in sorted(owners, key=lambda n: n.body[0].lineno if n.body else 0):
+        docstring = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+        if len(_WORD.findall(docstring)) >= 4:
+            yield docstring
+
+
+# --- files
+
+
+def find_files(globs: list[str]) -> list[Path]:
+    """The files that `data.files` names: glob by glob, sorted within each, every file once.
+
+    Raises:
+        UserError: a glob matches no file, or a file of a type that cannot be read.
+    """
+    found: dict[Path, None] = {}
+    for pattern in globs:
+        matches = list(filter(Path.is_file, map(Path, sorted(glob.glob(pattern, recursive=True)))))
+        if not matches:
+            raise UserError(
+                f"data.files: {pattern!r} matches no file in {Path.cwd()}; correct the glob or add the files"
+            )
+        found.update(dict.fromkeys(matches))
+    for file in found:
+        if file.suffix not in (".txt", *READERS):
+            known = ", ".join((".txt", *READERS))
+            raise UserError(f"data.files: {file} is of an unknown type; expected {known}: narrow the glob")
+    return list(found)
+
+
+def _file_documents(params: DataParams) -> Iterator[str]:
+    for file in find_files(params.files):
+        if file.suffix == ".txt":
+            yield from _text_documents(file)
+        else:
+            yield from _table_documents(file, params.text_column)
+
+
+def _text_documents(file: Path) -> Iterator[str]:
+    """A text file as documents: one if it is short, else pieces that end with a paragraph or at least a line.
+
+    Pieces are short enough for the split to draw held-out text from within a single long file.
+    """
+    try:
+        with file.open(encoding="utf-8-sig") as f:
+            rest = ""
+            while rest := rest + f.read(TEXT_DOCUMENT_CHARS - len(rest)):
+                end = _end_of_piece(rest) if len(rest) == TEXT_DOCUMENT_CHARS else len(rest)
+                yield rest[:end]
+                rest = rest[end:]
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 ({error.reason}); convert it or leave it out"
+        raise UserError(f"data.files: {file} {reason}") from None
+    except OSError as error:
+        raise UserError(f"data.files: {file} cannot be read ({error.strerror})") from None
+
+
+def _end_of_piece(text: str) -> int:
+    """Where to cut: after the last blank line of the second half, else the last line, else at the end."""
+    for separator in ("\n\n", "\n"):
+        if (found := text.rfind(separator, len(text) // 2)) >= 0:
+            return found + len(separator)
+    return len(text)
+
+
+def _table_documents(file: Path, column: str) -> Iterator[str]:
+    if file.suffix == ".jsonl" and file.stat().st_size == 0:  # valid, though `datasets` fails on it
+        return
+    import datasets
+
+    options: dict[str, Any] = {}
+    if file.suffix == ".csv":
+        # text stays text, also where it says 12 or NA
+        options = {"converters": {column: str}, "keep_default_na": False, "chunksize": 1000}
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would print is in the error below
+    try:
+        rows = datasets.load_dataset(
+            READERS[file.suffix],
+            data_files=glob.escape(str(file.resolve())),
+            split="train",
+            streaming=True,
+            **options,
+        )
+        yield from _column(rows, column, str(file))
+    except UserError:
+        raise
+    except Exception as error:  # each reader fails in its own ways
+        raise UserError(
+            f"data.files: {file} cannot be read as {file.suffix} ({_first_line(error)}); repair it or leave it out"
+        ) from error
+
+
+# --- hub
+
+
+def _hub_documents(params: DataParams) -> Iterator[str]:
+    import datasets
+
+    name, _, configuration = (params.dataset or "").partition(":")
+    where = f"data.dataset = {params.dataset}, data.split = {params.split}"
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split=params.split, streaming=True)
+        yield from _column(rows, params.text_column, f"the data set {params.dataset}")
+    except UserError:
+        raise
+    except Exception as error:  # network, hub and file formats fail in their own ways
+        raise UserError(
+            f"{where}: cannot be read ({_first_line(error)}); check the names (dataset or "
+            "dataset:configuration) and the network, or download the data and set data.source to files"
+        ) from error
+
+
+def _column(rows: Any, column: str, where: str) -> Iterator[str]:
+    """The texts of one column; a row without one gives an empty document, which cleaning drops and counts."""
+    for row in rows:
+        if column not in row:
+            columns = ", ".join(map(str, row))
+            raise UserError(f"data.text_column = {column}: no column of {where}; its columns are {columns}")
+        text = row[column]
+        if not isinstance(text, str | None):
+            raise UserError(
+                f"data.text_column = {column}: {where} holds {type(text).__name__} there "
+                f"({str(text)[:40]!r}), expected text; name the column that holds it"
+            )
+        yield text or ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- dummy
+
+_WORDS = {
+    "article": "the a this that every one our their".split(),
+    "adjective": "small old quiet bright heavy green early distant broken gentle hungry wooden".split(),
+    "noun": "river house farmer window letter garden engine winter market bridge horse lamp village".split(),
+    "verb": "finds follows carries remembers opens leaves crosses paints hears keeps builds watches".split(),
+    "preposition": "near behind under beside without towards after before".split(),
+    "end": [". ", "; ", "? ", "! "],
+}
+_PATTERN = "article adjective noun verb article noun preposition article adjective noun end".split()
+_ODDS = (0.6, 0.25, 0.1, 0.05)
+
+
+def dummy_documents(seed: int) -> Iterator[str]:
+    """Artificial text without end: sentences of one shape in which each word makes a few next words likely.
+
+    A model can learn the spelling, the sentence and the seed's word pairs, in this order. Document i depends
+    on nothing but (seed, i).
+    """
+    chain = random.Random(f"{seed} chain")
+    successors = {
+        (word, kind): chain.sample(_WORDS[kind], len(_ODDS))
+        for words in _WORDS.values()
+        for word in words
+        for kind in _WORDS
+    }
+    index = 0
+    while True:
+        draw = random.Random(f"{seed} document {index}")
+        word = draw.choice(_WORDS["end"])
+        text = ""
+        for _ in range(draw.randint(4, 16)):
+            for kind in _PATTERN:
+                word = draw.choices(successors[word, kind], _ODDS)[0]
+                text += word if kind == "end" or not text or text[-1] == " " else f" {word}"
+        yield text.rstrip()
+        index += 1

@@ -1,0 +1,93 @@
+"""Token files: a 1-D .npy of ids for each split, cut into samples of equal length without copying."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stackwise.artifacts.manifest import Artifact
+from stackwise.errors import UserError
+
+KIND = "tokens"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of a tokenizer."""
+
+    size: int
+    """V: number of ids that a text can have, with the end of a text."""
+    eos_id: int
+    """The id that stands after every document."""
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token, the one after those of texts."""
+        return self.size
+
+
+class TokenDataset:
+    """Consecutive samples of equal length in a token file, which stays on disk; the rest is left out."""
+
+    def __init__(self, path: Path, seq_len: int) -> None:
+        """Open a token file.
+
+        Args:
+            path: a 1-D .npy of ids.
+            seq_len: tokens of a sample.
+
+        Raises:
+            UserError: the file holds not even one sample.
+        """
+        tokens = np.asarray(np.load(path, mmap_mode="r"))  # a view: it remains on disk
+        n = len(tokens) // seq_len
+        if n == 0:
+            raise UserError(
+                f"seq_len = {seq_len}: {path} has only {len(tokens)} tokens, not enough for one sample; "
+                "lower seq_len or give more text"
+            )
+        self.seq_len = seq_len
+        self._samples = tokens[: n * seq_len].reshape(n, seq_len)
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self._samples)
+
+    def samples(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The samples `indices`, `[n, seq_len]`."""
+        samples: NDArray[np.int64] = self._samples[indices].astype(np.int64)
+        return samples
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokens artifact, open."""
+
+    train: TokenDataset
+    validation: TokenDataset
+    vocabulary: Vocabulary
+    counts: NDArray[np.int64]
+    """How often each id occurs in the training tokens, `[V]`."""
+    bytes_per_token: float
+    """UTF-8 bytes of the validation documents by their tokens (ends of texts are tokens of no bytes)."""
+    tokenizer: Path
+    """Directory for `AutoTokenizer.from_pretrained`."""
+
+
+def open_tokens(artifact: Artifact, seq_len: int) -> Tokens:
+    """Open a tokens artifact for samples of `seq_len` tokens.
+
+    Raises:
+        UserError: a split holds not even one sample.
+    """
+    facts = artifact.facts
+    return Tokens(
+        train=TokenDataset(artifact.path / "train.npy", seq_len),
+        validation=TokenDataset(artifact.path / "validation.npy", seq_len),
+        vocabulary=Vocabulary(size=facts["vocab_size"], eos_id=facts["eos_id"]),
+        counts=np.load(artifact.path / "counts.npy"),
+        bytes_per_token=facts["validation"]["bytes"] / facts["validation"]["tokens"],
+        tokenizer=artifact.path / TOKENIZER,
+    )

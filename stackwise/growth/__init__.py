@@ -1,0 +1,1 @@
+"""How a rack grows: what is built, what is frozen, what is trained."""

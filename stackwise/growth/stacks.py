@@ -1,0 +1,160 @@
+"""Trained stacks on disk, and the new stack that grows on top of one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stackwise.artifacts.manifest import Artifact
+from stackwise.config.model import ModelParams
+from stackwise.config.training import StackParams
+from stackwise.errors import UserError
+from stackwise.growth.window import Window
+from stackwise.model.init import initialize
+from stackwise.model.rack import Head, Rack, RackShape
+from stackwise.model.stack import Stack
+
+KIND = "stack"
+M = TypeVar("M", bound=nn.Module)
+_STACK, _HEAD, _EMBEDDINGS = "stack.safetensors", "head.safetensors", "embeddings.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedStack:
+    """A stack's artifact, with what can be built from it."""
+
+    artifact: Artifact
+
+    @property
+    def index(self) -> int:
+        """Its place in the rack, from 0."""
+        return int(self.artifact.facts["index"])
+
+    @property
+    def shape(self) -> RackShape:
+        """The rack of this one stack."""
+        return RackShape.from_json(self.artifact.facts["shape"])
+
+    def load_stack(self) -> Stack:
+        """The stack in fp32."""
+        return _loaded(Stack(self.shape.model, self.shape.blocks[0]), self.artifact.path / _STACK)
+
+    def load_head(self, embeddings: nn.Embedding | None) -> Head:
+        """The final norm and head as they were after this stack; tied to `embeddings` if the model ties them."""
+        shape = self.shape
+        tied_to = embeddings if shape.model.tie_embeddings else None
+        return _loaded(Head(shape.model, shape.vocab_size, tied_to), self.artifact.path / _HEAD)
+
+    def load_embeddings(self) -> nn.Embedding:
+        """The embeddings (only stack 0 has them)."""
+        shape = self.shape
+        return _loaded(nn.Embedding(shape.vocab_size + 1, shape.model.d_model), self.artifact.path / _EMBEDDINGS)
+
+
+def save_stack(directory: Path, window: Window, *, index: int, shape: RackShape) -> dict[str, Any]:
+    """Write a window of one stack; returns the facts that `TrainedStack` reads."""
+    (stack,) = window.stacks
+    save_file(stack.state_dict(), directory / _STACK)
+    save_file(window.head.state_dict(), directory / _HEAD)
+    if index == 0:
+        assert window.embeddings is not None
+        save_file(window.embeddings.state_dict(), directory / _EMBEDDINGS)
+    return {"index": index, "shape": shape.to_json()}
+
+
+def new_window(
+    index: int,
+    *,
+    model: ModelParams,
+    params: StackParams,
+    vocab_size: int,
+    seed: int,
+    below: TrainedStack | None,
+    first: TrainedStack | None,
+) -> Window:
+    """The window in which stack `index` trains when a rack grows by appending.
+
+    Head and final norm are carried over from the stack below and keep training. Embeddings train with the first stack
+    and are frozen after it, and with them a head that is tied to them.
+
+    Args:
+        index: place of the new stack, from 0.
+        model, params: architecture and the stack's own parameters.
+        vocab_size: V.
+        seed: of the pipeline.
+        below: stack `index - 1` (None for the first).
+        first: stack 0, for tied embeddings (may be None where they are untied).
+    """
+    stack = Stack(model, params.blocks)
+    initialize(stack, name=f"stacks.{index}", seed=seed)
+    embeddings: nn.Embedding | None
+    if below is None:
+        embeddings = nn.Embedding(vocab_size + 1, model.d_model)
+        initialize(embeddings, name="embeddings", seed=seed)
+        head = Head(model, vocab_size, embeddings if model.tie_embeddings else None)
+        initialize(head, name="head", seed=seed)
+    else:
+        _check_continues(below, index, model, vocab_size)
+        embeddings = None
+        if model.tie_embeddings:
+            assert first is not None
+            embeddings = first.load_embeddings().requires_grad_(False)
+        head = below.load_head(embeddings)
+        if params.init == "copy":
+            _copy_blocks(below.load_stack(), stack)
+    if params.init == "zero":
+        _zero_outputs(stack)
+    return Window([stack], head, embeddings)
+
+
+def fuse(stacks: list[TrainedStack]) -> Rack:
+    """The rack of all `stacks`, bottom to top, with the head of the last.
+
+    Raises:
+        UserError: the stacks do not belong together.
+    """
+    first, last = stacks[0], stacks[-1]
+    for index, (below, above) in enumerate(zip(stacks, stacks[1:], strict=False), 1):
+        _check_continues(below, index, above.shape.model, above.shape.vocab_size)
+        if above.artifact.inputs["below"] != below.artifact.digest:
+            raise UserError(
+                f"{above.artifact.path}: was trained on another stack {below.index} than the one in "
+                f"{below.artifact.path}; run `dvc repro` or `snakemake`, which train it again"
+            )
+    shape = RackShape(first.shape.model, tuple(s.shape.blocks[0] for s in stacks), first.shape.vocab_size)
+    with torch.device("meta"):
+        rack = Rack(shape)
+    embeddings = first.load_embeddings()
+    rack.embeddings = embeddings
+    rack.stacks = nn.ModuleList(s.load_stack() for s in stacks)
+    rack.head = last.load_head(embeddings)
+    return rack
+
+
+def _check_continues(below: TrainedStack, index: int, model: ModelParams, vocab_size: int) -> None:
+    if (below.index, below.shape.model, below.shape.vocab_size) != (index - 1, model, vocab_size):
+        raise UserError(
+            f"{below.artifact.path}: cannot stand below stack {index}: it is stack {below.index} of another architecture "
+            "or vocabulary; run `dvc repro` or `snakemake`, which train what does not fit again"
+        )
+
+
+def _copy_blocks(source: Stack, target: Stack) -> None:
+    """Copy weights block by block, beginning again from the lowest where the target has more blocks."""
+    for i, block in enumerate(target.blocks):
+        block.load_state_dict(source.blocks[i % len(source.blocks)].state_dict())
+
+
+def _zero_outputs(stack: Stack) -> None:
+    """Zero what each block adds to the residual stream: the stack starts as the identity."""
+    for name, parameter in stack.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(parameter)
+
+
+def _loaded(module: M, file: Path) -> M:
+    module.load_state_dict(load_file(file))
+    return module

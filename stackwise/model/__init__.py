@@ -1,0 +1,1 @@
+"""The transformer: Block, Stack, Rack and what they are made of."""

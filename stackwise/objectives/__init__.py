@@ -1,0 +1,1 @@
+"""What is predicted: masks, targets, losses."""

@@ -1,0 +1,30 @@
+"""The device that computes, and what makes it repeat itself."""
+
+import os
+
+import torch
+
+from stackwise.config.compute import ComputeParams
+from stackwise.errors import UserError
+
+
+def set_up(compute: ComputeParams, *, threads: int, seed: int) -> torch.device:
+    """Choose the device and set threads, seed and determinism for this process.
+
+    Raises:
+        UserError: `compute.device` names a device that this machine does not have.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(d for d, there in available.items() if there) if compute.device == "auto" else compute.device
+    if not available[name]:
+        there = ", ".join(d for d, yes in available.items() if yes)
+        raise UserError(
+            f"params.yaml: compute.device = {name}: not found on this machine, which has {there}; set it to auto"
+        )
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    if compute.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return torch.device(name)

@@ -1,0 +1,1 @@
+"""The pipeline: the table of stages, their scripts, and what ties Snakemake and DVC together."""

@@ -1,0 +1,109 @@
+"""The figures of the report: SVG files that are the same for the same numbers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Identifiers in an SVG are random unless salted; text stays text, so that it can be searched.
+matplotlib.rcParams.update(
+    {"svg.hashsalt": "stackwise", "svg.fonttype": "none", "font.size": 11, "axes.grid": True, "grid.alpha": 0.3}
+)
+
+
+def loss_curves(losses: Mapping[str, Sequence[Mapping[str, float]]], out: Path) -> None:
+    """Training loss against optimizer steps, a line for each stack and branch.
+
+    Args:
+        losses: points {step, loss} by name.
+        out: SVG file.
+    """
+    figure, axes = _axes("optimizer step", "training loss (nats, summed over masked tokens / tokens)")
+    for name, points in losses.items():
+        axes.plot([p["step"] for p in points], [p["loss"] for p in points], label=name.replace("_", " "))
+    axes.legend()
+    _save(figure, out)
+
+
+def depth_curve(depths: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """NELBO after each stack with its 95 % interval, beside the unigram baseline.
+
+    Args:
+        depths: metrics of the racks that end at stack 0, 1, ...
+        out: SVG file.
+    """
+    figure, axes = _axes("stacks in the rack", "NELBO on held-out text (bits per byte)")
+    stacks = range(1, len(depths) + 1)
+    nelbo = [d["nelbo"] for d in depths]
+    axes.errorbar(
+        stacks,
+        [n["bits_per_byte"] for n in nelbo],
+        yerr=[1.96 * n["standard_error_bits_per_byte"] for n in nelbo],
+        marker="o",
+        capsize=4,
+        label="rack",
+    )
+    axes.axhline(depths[0]["unigram"]["bits_per_byte"], color="gray", linestyle="--", label="unigram baseline")
+    axes.set_xticks(list(stacks))
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    _save(figure, out)
+
+
+def masked_nll(metrics: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """Cross-entropy of masked tokens against the mask rate, a line for each model.
+
+    Args:
+        metrics: of the diffusion models, by name.
+        out: SVG file.
+    """
+    figure, axes = _axes("mask rate", "NLL of masked tokens (nats per token)")
+    for name, values in metrics.items():
+        rates = sorted(values["masked"], key=float)
+        axes.plot(
+            [float(r) for r in rates],
+            [values["masked"][r]["nats_per_token"] for r in rates],
+            marker="o",
+            label=name.replace("_", " "),
+        )
+    axes.set_xlim(0, 1)
+    axes.legend()
+    _save(figure, out)
+
+
+def stage_costs(stages: Sequence[tuple[str, float, float]], out: Path) -> None:
+    """Time and peak memory of each stage's latest execution.
+
+    Args:
+        stages: (name, seconds, bytes) in the order of the pipeline.
+        out: SVG file.
+    """
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 1.2 + 0.26 * len(stages)), sharey=True, layout="constrained"
+    )
+    names = [name for name, _, _ in stages]
+    left.barh(names, [seconds for _, seconds, _ in stages])
+    left.set_xlabel("time (s)")
+    left.invert_yaxis()
+    right.barh(names, [size / 2**20 for _, _, size in stages], color="tab:orange")
+    right.set_xlabel("peak memory of the process (MiB)")
+    _save(figure, out)
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return figure, axes
+
+
+def _save(figure: Figure, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    plt.close(figure)

@@ -1,0 +1,44 @@
+"""Stage cache_activations: run the training data through the frozen stacks and keep what comes out for the next one.
+
+The artifact is the boundary's identity. The activations lie in a store that is named by it (see `activations.directory`);
+whoever needs a store that is gone makes it again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
+
+from stackwise.cache.boundary import KIND, Boundaries, Source
+from stackwise.data.tokens import KIND as TOKENS
+from stackwise.data.tokens import open_tokens
+from stackwise.precision.trunk import KIND as TRUNK
+from stackwise.precision.trunk import TrunkStack
+from stackwise.training.device import set_up
+from workflow.stage import StageRun, run_stage
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the script."""
+    parser.add_argument("--index", type=int, required=True, help="the boundary below which stack, from 1")
+    parser.add_argument("--tokens", type=Path, required=True, help="tokens artifact")
+    parser.add_argument("--trunk", type=Path, nargs="+", required=True, help="trunk artifacts 0 ... index - 1")
+    parser.add_argument("--out", type=Path, required=True, help="artifact to write")
+
+
+def work(run: StageRun) -> None:
+    """Make the store of one boundary and publish its identity."""
+    args, params = run.arguments, run.params
+    device = set_up(params.compute, threads=params.compute.threads, seed=params.seed)
+    tokens_artifact = run.read("tokens", args.tokens, TOKENS)
+    tokens = open_tokens(tokens_artifact, params.seq_len)
+    trunk = [TrunkStack(run.read(f"trunk.{i}", path, TRUNK)) for i, path in enumerate(args.trunk)]
+    source = Source(params, tokens_artifact, tokens.train, tokens.vocabulary.mask_id, trunk)
+    with Boundaries(source, device=device, progress=run.rows_made).open(args.index):
+        with run.publish(args.out, KIND) as draft:
+            draft.facts |= source.identity(args.index)
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, declare, work)

@@ -1,0 +1,25 @@
+"""Stage check_params: stop everything, before anything runs, where params.yaml cannot be what is meant.
+
+Every script validates the whole file; this stage makes sure that DVC does too, even when no other stage has to run.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
+
+from workflow.stage import StageRun, run_stage
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+def work(run: StageRun) -> None:
+    """What can be wrong has been found when the parameters were loaded."""
+    run.say(f"{run.arguments.params} is valid: {run.params.n_stacks} stacks")
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, declare, work)

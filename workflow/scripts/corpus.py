@@ -1,0 +1,31 @@
+"""Stage corpus: read the text source, clean it, drop duplicates, split it into training and validation documents."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
+
+from stackwise.data.corpus import KIND, write_corpus
+from stackwise.data.sources import documents
+from workflow.stage import StageRun, run_stage
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the script."""
+    parser.add_argument("--out", type=Path, required=True, help="artifact to write")
+
+
+def work(run: StageRun) -> None:
+    """Write the corpus."""
+    data, seed = run.params.data, run.params.seed
+    with run.publish(run.arguments.out, KIND) as draft:
+        draft.facts |= write_corpus(
+            documents(data, seed), draft.directory, params=data, seed=seed, progress=run.counter("documents")
+        )
+        run.say(json.dumps(draft.facts))
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, declare, work)

@@ -1,0 +1,30 @@
+"""Stage quantize_trunk: a trained stack in the format in which it serves as frozen ground for the next."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
+
+from stackwise.growth.stacks import KIND as STACK
+from stackwise.growth.stacks import TrainedStack
+from stackwise.precision.trunk import KIND, quantize_stack
+from workflow.stage import StageRun, run_stage
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the script."""
+    parser.add_argument("--stack", type=Path, required=True, help="trained stack to read")
+    parser.add_argument("--out", type=Path, required=True, help="artifact to write")
+
+
+def work(run: StageRun) -> None:
+    """Quantize one stack."""
+    stack = TrainedStack(run.read("stack", run.arguments.stack, STACK))
+    with run.publish(run.arguments.out, KIND) as draft:
+        draft.facts |= quantize_stack(stack, draft.directory, run.params.trunk.dtype)
+        run.say(f"{draft.facts['dtype']}, relative error {draft.facts['relative_error']:.2e}")
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, declare, work)

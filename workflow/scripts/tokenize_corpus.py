@@ -1,0 +1,33 @@
+"""Stage tokenize: train or load the tokenizer, and turn the corpus into memory-mapped token ids."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
+
+from stackwise.data.corpus import KIND as CORPUS
+from stackwise.data.encoding import write_token_dataset
+from stackwise.data.tokens import KIND
+from workflow.stage import StageRun, run_stage
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the script."""
+    parser.add_argument("--corpus", type=Path, required=True, help="corpus to read")
+    parser.add_argument("--out", type=Path, required=True, help="artifact to write")
+
+
+def work(run: StageRun) -> None:
+    """Write the tokenizer and the token ids."""
+    corpus = run.read("corpus", run.arguments.corpus, CORPUS)
+    with run.publish(run.arguments.out, KIND) as draft:
+        draft.facts |= write_token_dataset(
+            corpus.path, draft.directory, run.params.tokenizer, progress=run.counter("documents")
+        )
+        run.say(json.dumps(draft.facts))
+
+
+if __name__ == "__main__":
+    run_stage(__doc__, declare, work)

@@ -1,0 +1,377 @@
+"""The one table of stages. `dvc.yaml` is rendered from it, and the Snakefile builds its rules from it.
+
+    python -m workflow.stages            write dvc.yaml (after a change of n_stacks, stacks or the fine-tuning branches)
+    python -m workflow.stages --check    exit with 1 if dvc.yaml is not what params.yaml asks for
+
+Light on purpose: it imports neither torch nor anything else that is slow.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from stackwise.config.params import Params, load
+from stackwise.config.training import FineTuneParams
+from stackwise.errors import UserError
+from workflow.resources import Estimate
+
+RECEIPTS = Path(".stackwise/receipts")
+RENDER = "python -m workflow.stages"
+
+# The sources that a stage uses, by room. tests/unit/test_sources.py holds them against what each script imports.
+ARTIFACTS = ("stackwise/artifacts/manifest.py", "stackwise/errors.py")
+CORPUS = (*ARTIFACTS, "stackwise/config/data.py", "stackwise/data/corpus.py")
+TOKENS = (*ARTIFACTS, "stackwise/data/tokens.py")
+DEVICE = ("stackwise/config/compute.py", "stackwise/precision/dtypes.py", "stackwise/training/device.py")
+MODEL = (*ARTIFACTS, "stackwise/config/model.py", "stackwise/model")
+OBJECTIVES = ("stackwise/config/objective.py", "stackwise/objectives")
+STACKS = (
+    *MODEL,
+    *OBJECTIVES,
+    "stackwise/config/training.py",
+    "stackwise/growth/stacks.py",
+    "stackwise/growth/window.py",
+)
+RACKS = (*MODEL, "stackwise/growth/racks.py")
+TRUNK = (*STACKS, "stackwise/precision")
+BOUNDARIES = (*TRUNK, *TOKENS, *DEVICE, "stackwise/artifacts/code.py", "stackwise/cache")
+TRAINING = (
+    *(*BOUNDARIES, *RACKS, "stackwise/data/order.py", "stackwise/growth/batches.py"),
+    *("stackwise/training", "workflow/training.py"),
+)
+EVALUATION = (
+    *RACKS,
+    *TOKENS,
+    *DEVICE,
+    *OBJECTIVES,
+    "stackwise/config/evaluation.py",
+    "stackwise/inference/evaluation.py",
+)
+SAMPLING = (*RACKS, *TOKENS, *DEVICE, "stackwise/config/evaluation.py", "stackwise/inference/sampling.py")
+
+NEUTRAL = (
+    "stackwise/config/params.py",
+    "stackwise/config/section.py",
+    "stackwise/tracking",
+    "workflow/resources.py",
+    "workflow/stage.py",
+    "workflow/stages.py",
+)
+"""What carries parameters in and news out and shapes no artifact: an edit of it invalidates nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One job of the pipeline."""
+
+    name: str
+    """Of the DVC stage and of the Snakemake rule."""
+    script: str
+    """Its script in workflow/scripts, without the suffix."""
+    arguments: dict[str, object] = field(default_factory=dict)
+    """Of the script; a list becomes several words."""
+    inputs: tuple[str, ...] = ()
+    """Artifacts and metrics that it reads."""
+    outputs: tuple[str, ...] = ()
+    """Artifacts that it makes: directories with a manifest, kept by DVC."""
+    metrics: tuple[str, ...] = ()
+    """Small JSON files that it makes, kept in git."""
+    plots: tuple[str, ...] = ()
+    """Likewise: lists of points, for `dvc plots`."""
+    params: tuple[str, ...] = ()
+    """The keys of params.yaml that it may read; ALL is the whole file."""
+    sources: tuple[str, ...] = ()
+    """The sources whose change invalidates it, besides its script."""
+    threads: int = 1
+    resources: dict[str, int] = field(default_factory=dict)
+    """For Snakemake: mem_mb, disk_mb, gpu."""
+
+    @property
+    def path(self) -> str:
+        """Of its script."""
+        return f"workflow/scripts/{self.script}.py"
+
+    @property
+    def command(self) -> str:
+        """What DVC runs."""
+        return " ".join(("python", self.path, *(f"--{flag} {_words(value)}" for flag, value in self.arguments.items())))
+
+    @property
+    def dependencies(self) -> list[str]:
+        """All that DVC watches besides parameters."""
+        sources = sorted(set(self.sources))
+        return [*self.inputs, self.path, *(s for s in sources if not any(s.startswith(f"{d}/") for d in sources))]
+
+    @property
+    def receipt(self) -> str:
+        """The empty file that tells Snakemake that DVC finds this stage current."""
+        return str(RECEIPTS / self.name)
+
+
+ALL = "*"
+
+
+def table(params: Params) -> list[Stage]:
+    """All stages, in topological order. The check of the parameters stands first, so that DVC runs it first."""
+    return [
+        Stage(
+            name="check_params",
+            script="check_params",
+            params=(ALL,),
+            sources=("stackwise/config", "stackwise/errors.py"),
+        ),
+        *_data_stages(),
+        *_stack_stages(params),
+        *_model_stages(params),
+    ]
+
+
+def _data_stages() -> Iterator[Stage]:
+    yield Stage(
+        name="corpus",
+        script="corpus",
+        arguments={"out": "artifacts/corpus"},
+        outputs=("artifacts/corpus",),
+        params=("seed", "data"),
+        sources=(*CORPUS, "stackwise/data/sources.py"),
+        resources={"mem_mb": 1000},
+    )
+    yield Stage(
+        name="tokenize",
+        script="tokenize_corpus",
+        arguments={"corpus": "artifacts/corpus", "out": "artifacts/tokens"},
+        inputs=("artifacts/corpus",),
+        outputs=("artifacts/tokens",),
+        params=("tokenizer",),
+        sources=(*CORPUS, *TOKENS, "stackwise/data/encoding.py", "stackwise/data/tokenizer.py"),
+        resources={"mem_mb": 2000},
+    )
+
+
+def _stack_stages(params: Params) -> Iterator[Stage]:
+    """Append growth: train stack k, quantize it as trunk, cache what it makes of the data, train stack k + 1."""
+    estimate, threads, tokens = Estimate(params), params.compute.threads, "artifacts/tokens"
+    for k in range(params.n_stacks):
+        trunk = [f"artifacts/trunk/{i}" for i in range(k)]
+        if k:
+            below, boundary, made = f"artifacts/stacks/{k - 1}", f"artifacts/activations/{k}", trunk[-1]
+            yield Stage(
+                name=f"quantize_trunk_{k - 1}",
+                script="quantize_trunk",
+                arguments={"stack": below, "out": made},
+                inputs=(below,),
+                outputs=(made,),
+                params=("trunk",),
+                sources=(*TRUNK, "stackwise/config/compute.py"),
+                resources={"mem_mb": estimate.reading_mb(params.stack_params(k - 1).blocks)},
+            )
+            yield Stage(
+                name=f"cache_activations_{k}",
+                script="cache_activations",
+                arguments={"index": k, "tokens": tokens, "trunk": trunk, "out": boundary},
+                inputs=(tokens, *trunk),
+                outputs=(boundary,),
+                params=("seed", "seq_len", "objective", "compute", "trunk"),
+                sources=BOUNDARIES,
+                threads=threads,
+                resources={
+                    "mem_mb": estimate.reading_mb(params.stack_params(k - 1).blocks),
+                    "disk_mb": round(1000 * params.activations.budget_gb),
+                    "gpu": estimate.gpu(),
+                },
+            )
+        arguments: dict[str, object] = {"index": k, "tokens": tokens}
+        inputs = [tokens]
+        if k:
+            arguments |= {"below": below, "trunk": trunk, "activations": boundary}
+            inputs += [below, *trunk, boundary]
+            if params.model.tie_embeddings and k > 1:
+                arguments["first"] = "artifacts/stacks/0"
+                inputs.append("artifacts/stacks/0")
+        out, losses, stack = f"artifacts/stacks/{k}", f"metrics/loss/stack_{k}.json", params.stack_params(k)
+        yield Stage(
+            name=f"train_stack_{k}",
+            script="train_stack",
+            arguments={**arguments, "out": out, "losses": losses},
+            inputs=tuple(inputs),
+            outputs=(out,),
+            plots=(losses,),
+            params=(
+                *("seed", "seq_len", "model", "objective", "stack", "optimizer", "compute"),
+                *((f"stacks.{k}",) if k < len(params.stacks) else ()),
+                *(("trunk",) if k else ()),
+            ),
+            sources=TRAINING,
+            threads=threads,
+            resources={"mem_mb": estimate.training_mb(stack.blocks, stack.batch_size), "gpu": estimate.gpu()},
+        )
+        stacks = [f"artifacts/stacks/{i}" for i in range(k + 1)]
+        yield _evaluation(params, f"stack_{k}", {"stacks": stacks}, stacks, (*STACKS, *EVALUATION))
+
+
+def _model_stages(params: Params) -> Iterator[Stage]:
+    """The fused rack and what is made of it."""
+    estimate, tokens, model = Estimate(params), "artifacts/tokens", "artifacts/fused"
+    everything = range(params.n_stacks)
+    stacks = tuple(f"artifacts/stacks/{k}" for k in everything)
+    blocks = estimate.blocks(everything)
+    yield Stage(
+        name="fuse",
+        script="fuse",
+        arguments={"stacks": stacks, "tokens": tokens, "out": model},
+        inputs=(*stacks, tokens),
+        outputs=(model,),
+        sources=(*STACKS, *RACKS, *TOKENS),
+        resources={"mem_mb": estimate.reading_mb(blocks)},
+    )
+
+    def tuning(
+        name: str, script: str, base: str, out: str, batch_size: int, threads: int, *keys: str, **flags: str
+    ) -> Stage:
+        losses = f"metrics/loss/{name.removeprefix('fine_tune_')}.json"
+        return Stage(
+            name=name,
+            script=script,
+            arguments={**flags, "model": base, "tokens": tokens, "out": out, "losses": losses},
+            inputs=(base, tokens),
+            outputs=(out,),
+            plots=(losses,),
+            params=("seed", "seq_len", "optimizer", "compute", *keys),
+            sources=TRAINING,
+            threads=threads,
+            resources={"mem_mb": estimate.training_mb(blocks, batch_size), "gpu": estimate.gpu()},
+        )
+
+    if params.joint.share:
+        joint = "artifacts/joint"
+        threads = params.compute.threads
+        yield tuning(
+            "tune_jointly", "tune_jointly", model, joint, params.joint.batch_size, threads, "objective", "joint"
+        )
+        model = joint
+    models = {"fused": model}
+    for branch in FineTuneParams.model_fields:
+        if (settings := getattr(params.fine_tune, branch)) is not None:
+            out = f"artifacts/finetuned/{branch}"
+            keys = (f"fine_tune.{branch}", *(("objective",) if branch == "diffusion" else ()))
+            threads = params.compute.branch_threads
+            yield tuning(
+                f"fine_tune_{branch}", "fine_tune", model, out, settings.batch_size, threads, *keys, objective=branch
+            )
+            models[branch] = out
+    for name, path in models.items():
+        yield _evaluation(params, name, {"model": path}, [path], EVALUATION)
+    depths = tuple(f"metrics/stack_{k}.json" for k in everything)
+    metrics = tuple(f"metrics/{name}.json" for name in models)
+    losses = tuple(f"metrics/loss/{name}.json" for name in (*(f"stack_{k}" for k in everything), *list(models)[1:]))
+    yield Stage(
+        name="report",
+        script="report",
+        arguments={
+            "tokens": tokens,
+            "models": list(models.values()),
+            "depths": depths,
+            "metrics": metrics,
+            "losses": losses,
+            "depth": "metrics/depth.json",
+            "out": "artifacts/report",
+        },
+        inputs=(tokens, *models.values(), *depths, *metrics, *losses),
+        outputs=("artifacts/report",),
+        plots=("metrics/depth.json",),
+        params=("seed", "seq_len", "report", "compute"),
+        sources=(*SAMPLING, "workflow/figures.py"),
+        threads=params.compute.branch_threads,
+        resources={"mem_mb": estimate.reading_mb(blocks), "gpu": estimate.gpu()},
+    )
+
+
+def _evaluation(
+    params: Params, name: str, model: dict[str, object], inputs: list[str], sources: tuple[str, ...]
+) -> Stage:
+    estimate, out = Estimate(params), f"metrics/{name}.json"
+    return Stage(
+        name=f"evaluate_{name}",
+        script="evaluate",
+        arguments={"name": name, **model, "tokens": "artifacts/tokens", "out": out},
+        inputs=(*inputs, "artifacts/tokens"),
+        metrics=(out,),
+        params=("seed", "seq_len", "evaluate", "compute"),
+        sources=sources,
+        threads=params.compute.branch_threads,
+        resources={"mem_mb": estimate.reading_mb(estimate.blocks(range(params.n_stacks))), "gpu": estimate.gpu()},
+    )
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def dvc_yaml(stages: list[Stage]) -> str:
+    """The text of dvc.yaml."""
+    body: dict[str, dict[str, object]] = {}
+    for stage in stages:
+        entry: dict[str, object] = {"cmd": stage.command, "deps": stage.dependencies}
+        if stage.params:
+            # All parameters of the file, compared by value, is a file name without keys.
+            entry["params"] = [{"params.yaml": None}] if ALL in stage.params else list(stage.params)
+        if stage.outputs:
+            entry["outs"] = list(stage.outputs)
+        if stage.metrics:
+            entry["metrics"] = [{m: {"cache": False}} for m in stage.metrics]
+        if stage.plots:
+            x = "stack" if stage.name == "report" else "step"
+            entry["plots"] = [{p: {"cache": False, "x": x}} for p in stage.plots]
+        body[stage.name] = entry
+    text = yaml.safe_dump({"stages": body}, sort_keys=False, width=120)
+    return f"# Rendered from the table in workflow/stages.py and params.yaml by `{RENDER}`. Do not edit.\n{text}"
+
+
+def render(stages: list[Stage], path: Path = Path("dvc.yaml")) -> bool:
+    """Write dvc.yaml unless it is current; says whether it was not."""
+    text = dvc_yaml(stages)
+    if path.exists() and path.read_text() == text:
+        return False
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+    return True
+
+
+def check_rendered(params: Params, path: Path = Path("dvc.yaml")) -> list[Stage]:
+    """The stages of `params`, if dvc.yaml says the same.
+
+    Raises:
+        UserError: it does not.
+    """
+    stages = table(params)
+    if not path.exists() or path.read_text() != dvc_yaml(stages):
+        raise UserError(
+            f"{path}: out of date with params.yaml, which asks for other stages; run `{RENDER}`, then again"
+        )
+    return stages
+
+
+def main() -> None:
+    """The command line."""
+    arguments = sys.argv[1:]
+    if arguments not in ([], ["--check"]):
+        print(__doc__)
+        sys.exit(arguments not in (["--help"], ["-h"]))
+    try:
+        params = load()
+        if arguments:
+            check_rendered(params)
+            print("dvc.yaml is current")
+        else:
+            print("dvc.yaml written" if render(table(params)) else "dvc.yaml is current")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
