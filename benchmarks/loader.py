@@ -48,6 +48,7 @@ class Line:
 
     @property
     def passed(self) -> bool:
+        """Whether the value keeps to its target, if it has one."""
         low = self.at_least is None or self.value >= self.at_least
         return low and (self.at_most is None or self.value <= self.at_most)
 
@@ -219,9 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=2048, help="rows of 256 KiB to read from (default: 2048)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
     parser.add_argument("--steps", type=int, default=40, help="steps of a training loop (default: 40)")
-    parser.add_argument(
-        "--dir", type=Path, help="where to put the files, removed at the end (default: system's)"
-    )
+    parser.add_argument("--dir", type=Path, help="where the temporary files go (default: the system's)")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     options = parser.parse_args(arguments)
     if options.rows < BATCH:

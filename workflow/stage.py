@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import resource
 import sys
 import time
@@ -16,7 +15,7 @@ from stackwise.artifacts.manifest import REMEDY, Artifact, Draft, digest_json, p
 from stackwise.config.params import UNTRACKED, Params, load, view
 from stackwise.errors import UserError
 from stackwise.tracking.record import Record
-from workflow.stages import ALL, Stage, check_rendered
+from workflow.stages import ALL, RENDER, Stage, check_rendered
 
 LOGS = Path("logs")
 CHECKPOINTS = Path(".stackwise/checkpoints")
@@ -146,6 +145,13 @@ class TrainingWatcher:
         )
 
 
+def check_params() -> None:
+    """Stop as `run_stage` does if the params file is bad. A script calls it before its imports that take seconds."""
+    if not {"-h", "--help"} & set(sys.argv):
+        with _explained_errors():
+            load(_params_argument(add_help=False).parse_known_args()[0].params)
+
+
 def run_stage(
     description: str | None, declare: Callable[[argparse.ArgumentParser], None], work: Callable[[StageRun], None]
 ) -> None:
@@ -156,11 +162,10 @@ def run_stage(
         declare: adds the script's own arguments.
         work: does the stage's work.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
+    parser = _params_argument(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     declare(parser)
     arguments = parser.parse_args()
-    try:
+    with _explained_errors():
         params = load(arguments.params)
         stage = _find_stage(params, arguments)
         declared = params if ALL in stage.params else view(params, stage.params)
@@ -178,6 +183,19 @@ def run_stage(
             status = "finished"
         finally:
             record.close(status, peak_memory=_peak_memory(), modules=_own_modules())
+
+
+def _params_argument(**settings: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(**settings)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="params file (default: params.yaml)")
+    return parser
+
+
+@contextmanager
+def _explained_errors() -> Iterator[None]:
+    """Exit with one message where a person can put things right."""
+    try:
+        yield
     except UserError as error:
         _fail(f"error: {error}")
     except KeyboardInterrupt:
@@ -199,8 +217,8 @@ def _find_stage(params: Params, arguments: argparse.Namespace) -> Stage:
         if stage.script == script and all(str(getattr(arguments, k)) == v for k, v in wanted.items()):
             return stage
     raise UserError(
-        f"{script}: no stage of {arguments.params} has these arguments; `{Path(sys.executable).name} -m workflow.stages` "
-        "renders dvc.yaml, which lists every stage's command"
+        f"{script}: no stage of {arguments.params} has these arguments; `{RENDER}` renders dvc.yaml, which lists every "
+        "stage's command"
     )
 
 

@@ -9,8 +9,9 @@ Light on purpose: it imports neither torch nor anything else that is slow.
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,8 +27,11 @@ RENDER = "python -m workflow.stages"
 ARTIFACTS = ("stackwise/artifacts/manifest.py", "stackwise/errors.py")
 CORPUS = (*ARTIFACTS, "stackwise/config/data.py", "stackwise/data/corpus.py")
 TOKENS = (*ARTIFACTS, "stackwise/data/tokens.py")
-DEVICE = ("stackwise/config/compute.py", "stackwise/precision/dtypes.py", "stackwise/training/device.py")
-MODEL = (*ARTIFACTS, "stackwise/config/model.py", "stackwise/model")
+DEVICE = ("stackwise/config/compute.py", "stackwise/training/device.py")
+MODEL = (
+    *(*ARTIFACTS, "stackwise/config/model.py"),
+    *(f"stackwise/model/{name}.py" for name in ("attention", "mlp", "rack", "rope", "stack")),
+)
 OBJECTIVES = ("stackwise/config/objective.py", "stackwise/objectives")
 STACKS = (
     *MODEL,
@@ -35,23 +39,25 @@ STACKS = (
     "stackwise/config/training.py",
     "stackwise/growth/stacks.py",
     "stackwise/growth/window.py",
+    "stackwise/model/init.py",
 )
 RACKS = (*MODEL, "stackwise/growth/racks.py")
 TRUNK = (*STACKS, "stackwise/precision")
-BOUNDARIES = (*TRUNK, *TOKENS, *DEVICE, "stackwise/artifacts/code.py", "stackwise/cache")
+BOUNDARIES = (
+    *(*TRUNK, *TOKENS, *DEVICE, "stackwise/artifacts/code.py"),
+    *(f"stackwise/cache/{name}.py" for name in ("boundary", "budget", "store")),
+)
 TRAINING = (
     *(*BOUNDARIES, *RACKS, "stackwise/data/order.py", "stackwise/growth/batches.py"),
-    *("stackwise/training", "workflow/training.py"),
+    *("stackwise/cache/loader.py", "stackwise/training", "workflow/training.py"),
 )
 EVALUATION = (
-    *RACKS,
-    *TOKENS,
-    *DEVICE,
-    *OBJECTIVES,
-    "stackwise/config/evaluation.py",
-    "stackwise/inference/evaluation.py",
+    *(*STACKS, *RACKS, *TOKENS, *DEVICE, "stackwise/precision/dtypes.py"),
+    *("stackwise/config/evaluation.py", "stackwise/inference/evaluation.py"),
 )
-SAMPLING = (*RACKS, *TOKENS, *DEVICE, "stackwise/config/evaluation.py", "stackwise/inference/sampling.py")
+SAMPLING = (*RACKS, *TOKENS, *DEVICE, "stackwise/inference/sampling.py")
+DETERMINISM = ("compute.device", "compute.deterministic")
+"""Parameters that every stage reads that computes with torch."""
 
 NEUTRAL = (
     "stackwise/config/params.py",
@@ -84,6 +90,8 @@ class Stage:
     """Likewise: lists of points, for `dvc plots`."""
     params: tuple[str, ...] = ()
     """The keys of params.yaml that it may read; ALL is the whole file."""
+    defaulted: frozenset[str] = frozenset()
+    """Those of `params` that do not stand in params.yaml: DVC knows no defaults."""
     sources: tuple[str, ...] = ()
     """The sources whose change invalidates it, besides its script."""
     threads: int = 1
@@ -117,7 +125,7 @@ ALL = "*"
 
 def table(params: Params) -> list[Stage]:
     """All stages, in topological order. The check of the parameters stands first, so that DVC runs it first."""
-    return [
+    stages = [
         Stage(
             name="check_params",
             script="check_params",
@@ -128,6 +136,20 @@ def table(params: Params) -> list[Stage]:
         *_stack_stages(params),
         *_model_stages(params),
     ]
+    return [replace(s, defaulted=frozenset(k for k in s.params if _is_default(params, k))) for s in stages]
+
+
+def _is_default(params: Params, key: str) -> bool:
+    """Whether `key` does not stand in the file."""
+    node: Any = params
+    for name in key.split(".") if key != ALL else ():
+        if isinstance(node, list):
+            node = node[int(name)]
+        elif name not in node.model_fields_set:
+            return True
+        else:
+            node = getattr(node, name)
+    return False
 
 
 def _data_stages() -> Iterator[Stage]:
@@ -165,8 +187,8 @@ def _stack_stages(params: Params) -> Iterator[Stage]:
                 arguments={"stack": below, "out": made},
                 inputs=(below,),
                 outputs=(made,),
-                params=("trunk",),
-                sources=(*TRUNK, "stackwise/config/compute.py"),
+                params=("trunk.dtype",),
+                sources=TRUNK,
                 resources={"mem_mb": estimate.reading_mb(params.stack_params(k - 1).blocks)},
             )
             yield Stage(
@@ -175,7 +197,10 @@ def _stack_stages(params: Params) -> Iterator[Stage]:
                 arguments={"index": k, "tokens": tokens, "trunk": trunk, "out": boundary},
                 inputs=(tokens, *trunk),
                 outputs=(boundary,),
-                params=("seed", "seq_len", "objective", "compute", "trunk"),
+                params=(
+                    *("seed", "seq_len", "objective", "trunk.activations"),
+                    *(*DETERMINISM, "compute.dtype", "compute.threads"),
+                ),
                 sources=BOUNDARIES,
                 threads=threads,
                 resources={
@@ -201,16 +226,17 @@ def _stack_stages(params: Params) -> Iterator[Stage]:
             outputs=(out,),
             plots=(losses,),
             params=(
-                *("seed", "seq_len", "model", "objective", "stack", "optimizer", "compute"),
+                *("seed", "seq_len", "model", "objective", "stack", "optimizer"),
+                *(*DETERMINISM, "compute.dtype", "compute.threads", "compute.compile"),
                 *((f"stacks.{k}",) if k < len(params.stacks) else ()),
-                *(("trunk",) if k else ()),
+                *(("trunk.activations",) if k else ()),
             ),
             sources=TRAINING,
             threads=threads,
             resources={"mem_mb": estimate.training_mb(stack.blocks, stack.batch_size), "gpu": estimate.gpu()},
         )
         stacks = [f"artifacts/stacks/{i}" for i in range(k + 1)]
-        yield _evaluation(params, f"stack_{k}", {"stacks": stacks}, stacks, (*STACKS, *EVALUATION))
+        yield _evaluation(params, f"stack_{k}", {"stacks": stacks}, stacks)
 
 
 def _model_stages(params: Params) -> Iterator[Stage]:
@@ -230,7 +256,7 @@ def _model_stages(params: Params) -> Iterator[Stage]:
     )
 
     def tuning(
-        name: str, script: str, base: str, out: str, batch_size: int, threads: int, *keys: str, **flags: str
+        name: str, script: str, base: str, out: str, batch_size: int, threads: str, *keys: str, **flags: str
     ) -> Stage:
         losses = f"metrics/loss/{name.removeprefix('fine_tune_')}.json"
         return Stage(
@@ -240,17 +266,20 @@ def _model_stages(params: Params) -> Iterator[Stage]:
             inputs=(base, tokens),
             outputs=(out,),
             plots=(losses,),
-            params=("seed", "seq_len", "optimizer", "compute", *keys),
+            params=(
+                *("seed", "seq_len", "optimizer"),
+                *(*DETERMINISM, "compute.dtype", f"compute.{threads}", "compute.compile"),
+                *keys,
+            ),
             sources=TRAINING,
-            threads=threads,
+            threads=getattr(params.compute, threads),
             resources={"mem_mb": estimate.training_mb(blocks, batch_size), "gpu": estimate.gpu()},
         )
 
     if params.joint.share:
         joint = "artifacts/joint"
-        threads = params.compute.threads
         yield tuning(
-            "tune_jointly", "tune_jointly", model, joint, params.joint.batch_size, threads, "objective", "joint"
+            "tune_jointly", "tune_jointly", model, joint, params.joint.batch_size, "threads", "objective", "joint"
         )
         model = joint
     models = {"fused": model}
@@ -258,13 +287,13 @@ def _model_stages(params: Params) -> Iterator[Stage]:
         if (settings := getattr(params.fine_tune, branch)) is not None:
             out = f"artifacts/finetuned/{branch}"
             keys = (f"fine_tune.{branch}", *(("objective",) if branch == "diffusion" else ()))
-            threads = params.compute.branch_threads
+            size = settings.batch_size
             yield tuning(
-                f"fine_tune_{branch}", "fine_tune", model, out, settings.batch_size, threads, *keys, objective=branch
+                f"fine_tune_{branch}", "fine_tune", model, out, size, "branch_threads", *keys, objective=branch
             )
             models[branch] = out
     for name, path in models.items():
-        yield _evaluation(params, name, {"model": path}, [path], EVALUATION)
+        yield _evaluation(params, name, {"model": path}, [path])
     depths = tuple(f"metrics/stack_{k}.json" for k in everything)
     metrics = tuple(f"metrics/{name}.json" for name in models)
     losses = tuple(f"metrics/loss/{name}.json" for name in (*(f"stack_{k}" for k in everything), *list(models)[1:]))
@@ -283,16 +312,14 @@ def _model_stages(params: Params) -> Iterator[Stage]:
         inputs=(tokens, *models.values(), *depths, *metrics, *losses),
         outputs=("artifacts/report",),
         plots=("metrics/depth.json",),
-        params=("seed", "seq_len", "report", "compute"),
+        params=("seed", "seq_len", "report", *DETERMINISM, "compute.branch_threads"),
         sources=(*SAMPLING, "workflow/figures.py"),
         threads=params.compute.branch_threads,
         resources={"mem_mb": estimate.reading_mb(blocks), "gpu": estimate.gpu()},
     )
 
 
-def _evaluation(
-    params: Params, name: str, model: dict[str, object], inputs: list[str], sources: tuple[str, ...]
-) -> Stage:
+def _evaluation(params: Params, name: str, model: dict[str, object], inputs: list[str]) -> Stage:
     estimate, out = Estimate(params), f"metrics/{name}.json"
     return Stage(
         name=f"evaluate_{name}",
@@ -300,8 +327,8 @@ def _evaluation(
         arguments={"name": name, **model, "tokens": "artifacts/tokens", "out": out},
         inputs=(*inputs, "artifacts/tokens"),
         metrics=(out,),
-        params=("seed", "seq_len", "evaluate", "compute"),
-        sources=sources,
+        params=("seed", "seq_len", "evaluate", *DETERMINISM, "compute.dtype", "compute.branch_threads"),
+        sources=EVALUATION,
         threads=params.compute.branch_threads,
         resources={"mem_mb": estimate.reading_mb(estimate.blocks(range(params.n_stacks))), "gpu": estimate.gpu()},
     )
@@ -316,9 +343,9 @@ def dvc_yaml(stages: list[Stage]) -> str:
     body: dict[str, dict[str, object]] = {}
     for stage in stages:
         entry: dict[str, object] = {"cmd": stage.command, "deps": stage.dependencies}
-        if stage.params:
+        if keys := [key for key in stage.params if key not in stage.defaulted]:
             # All parameters of the file, compared by value, is a file name without keys.
-            entry["params"] = [{"params.yaml": None}] if ALL in stage.params else list(stage.params)
+            entry["params"] = [{"params.yaml": None}] if ALL in stage.params else keys
         if stage.outputs:
             entry["outs"] = list(stage.outputs)
         if stage.metrics:

@@ -65,7 +65,7 @@ def _read_from_memory(fd: int, buffers: Sequence[memoryview | bytearray], offset
         return 0
 
 
-class DamagedStore(Exception):
+class DamagedStore(Exception):  # noqa: N818
     """A store cannot be used as it is: remake it.
 
     Attributes:
@@ -145,7 +145,7 @@ class StoreLayout:
         if self.dtype not in _STORAGE_DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_STORAGE_DTYPES)}, not {self.dtype!r}")
         if self.row_bytes > _MAX_ROW_BYTES:
-            raise ValueError(f"a row of {self.row_bytes} bytes is too big, at most {_MAX_ROW_BYTES} are possible")
+            raise ValueError(f"a row of {self.row_bytes} bytes is too big, {_MAX_ROW_BYTES} are possible")
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
@@ -378,10 +378,11 @@ class ActivationStore:
             IndexError: a row number is out of range.
             ValueError: shape, dtype or memory order is not the one above.
             DamagedShard: a row cannot be had; tells which shard and why.
+            OSError: the disk fails, or files cannot be opened.
         """
         layout = self.layout
         if rows.ndim != 1 or rows.dtype.kind not in "iu":
-            raise ValueError(f"rows must be integers in one dimension, not {rows.dtype} of shape {rows.shape}")
+            raise ValueError(f"rows must be integers of shape (n,), not {rows.dtype} of shape {rows.shape}")
         _check_buffer("out", out, len(rows), layout)
         if not out.flags.writeable:
             raise ValueError("out must be writable")
@@ -442,8 +443,8 @@ class ActivationStore:
         if index == self._index_of(g):
             return
         valid = _crc(np.frombuffer(index[:-_CRC_BYTES], np.uint8)) == index[-_CRC_BYTES:]
-        reason = "the index does not list all rows in order" if valid else "the checksum of the index does not match"
-        raise DamagedShard(self.shard_path(g), g, reason)
+        reason = "does not list all rows in order" if valid else "does not match its checksum"
+        raise DamagedShard(self.shard_path(g), g, f"the index {reason}")
 
     def _index_of(self, g: int) -> bytes:
         return self._last_index if g == self.layout.shards - 1 else self._index

@@ -11,8 +11,9 @@ class DataParams(Section):
     """Where the text comes from and how it is cleaned and split."""
 
     source: Literal["python-docs", "files", "hub", "dummy"] = "python-docs"
-    """`python-docs`: the documentation inside the running Python. `files`: `data.files`. `hub`: the data set named by `data.dataset`. `dummy`: seeded artificial text for smoke tests."""
-    files: list[str] = []
+    """`python-docs`: the documentation inside the running Python. `files`: `data.files`. `hub`: the data set named by
+    `data.dataset`. `dummy`: seeded artificial text for smoke tests."""
+    files: list[str] = Field(default=[])
     """Globs of .txt, .jsonl, .parquet or .csv files, relative to the project (source `files`)."""
     dataset: str | None = None
     """Name of a Hugging Face data set, or `name:configuration` (source `hub`)."""
@@ -30,6 +31,7 @@ class DataParams(Section):
     """Share of the documents that is held out for validation, drawn from the seed."""
 
     def problems(self) -> list[tuple[str, str]]:
+        """What does not fit the source."""
         found = []
         if self.source == "files" and not self.files:
             found.append(("files", "expected at least one glob, because data.source is files"))
@@ -50,15 +52,18 @@ class TokenizerParams(Section):
     """How text becomes token ids."""
 
     type: Literal["bpe", "byte", "char", "pretrained"] = "bpe"
-    """`bpe`: byte-level BPE trained on the corpus. `byte`: the 256 bytes. `char`: the corpus's characters. `pretrained`: `tokenizer.name`."""
+    """`bpe`: byte-level BPE trained on the corpus. `byte`: the 256 bytes. `char`: the corpus's characters.
+    `pretrained`: `tokenizer.name`."""
     vocab_size: int | None = Field(default=1024, ge=2)
-    """Number of token ids of a trained `bpe` tokenizer, or the most characters that `char` keeps (null: all)."""
+    """Number of token ids of a trained `bpe` tokenizer, at least 258, or the most characters that `char` keeps (null:
+    all). Must be null for the others."""
     name: str | None = None
     """Local directory or hub name for `AutoTokenizer` (type `pretrained`)."""
     train_chars: int = Field(default=100_000_000, ge=1)
     """A trained tokenizer sees at most this many characters of the corpus."""
 
     def problems(self) -> list[tuple[str, str]]:
+        """What does not fit the type."""
         found = []
         if self.type == "bpe" and (self.vocab_size is None or self.vocab_size < 258):
             found.append(

@@ -1,6 +1,8 @@
 """Sections `evaluate` and `report`: what is measured on held-out text and shown."""
 
-from pydantic import Field, field_validator
+from typing import Annotated
+
+from pydantic import Field
 
 from stackwise.config.section import Section
 
@@ -14,15 +16,14 @@ class EvaluateParams(Section):
     """Mask draws per sample for the NELBO."""
     batch_size: int = Field(default=32, ge=1)
     """Samples at a time."""
-    mask_rates: list[float] = [0.15, 0.3, 0.5, 0.7, 0.9]
-    """Mask rates at which the masked NLL and the accuracy are measured."""
+    mask_rates: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.15, 0.3, 0.5, 0.7, 0.9])
+    """Mask rates, rising, at which the masked NLL and the accuracy are measured."""
 
-    @field_validator("mask_rates")
-    @classmethod
-    def _rates(cls, rates: list[float]) -> list[float]:
-        if not rates or any(not 0 < r <= 1 for r in rates) or sorted(set(rates)) != rates:
-            raise ValueError("expected rising numbers in (0, 1]")
-        return rates
+    def problems(self) -> list[tuple[str, str]]:
+        """Rates that do not rise."""
+        if not self.mask_rates or sorted(set(self.mask_rates)) != self.mask_rates:
+            return [("mask_rates", "expected at least one number, each greater than the one before it")]
+        return []
 
 
 class ReportParams(Section):

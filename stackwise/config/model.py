@@ -13,13 +13,14 @@ class AttentionParams(Section):
     type: Literal["standard", "gqa"] = "standard"
     """`standard`: multi-head attention. `gqa`: grouped-query attention with `n_kv_heads` key-value heads."""
     n_heads: int = Field(default=4, ge=1)
-    """Number of query heads."""
+    """Number of query heads; divides `model.d_model`, into heads of an even width."""
     n_kv_heads: int | None = Field(default=None, ge=1)
-    """Number of key-value heads (type `gqa`)."""
+    """Number of key-value heads, a divisor of `n_heads` (type `gqa`; must be null for `standard`)."""
     rope_theta: float = Field(default=10000.0, gt=1)
     """Base of the rotary position embedding."""
 
     def problems(self) -> list[tuple[str, str]]:
+        """Numbers of heads that do not fit each other."""
         if self.type == "gqa" and self.n_kv_heads is None:
             return [("n_kv_heads", "expected a number, because model.attention.type is gqa")]
         if self.type == "standard" and self.n_kv_heads is not None:
@@ -58,6 +59,7 @@ class ModelParams(Section):
     """The output head is the transposed input embedding."""
 
     def problems(self) -> list[tuple[str, str]]:
+        """Heads that do not fit the width."""
         heads = self.attention.n_heads
         if self.d_model % heads:
             return [("attention.n_heads", f"expected a divisor of model.d_model ({self.d_model})")]

@@ -11,7 +11,7 @@ class ObjectiveParams(Section):
     """Mask-diffusion: which share of the tokens is masked, how the loss is weighted."""
 
     mask_min: float = Field(default=0.15, gt=0, le=1)
-    """Smallest mask rate t."""
+    """Smallest mask rate t; at most `mask_max`."""
     mask_max: float = Field(default=0.9, gt=0, le=1)
     """Largest mask rate t."""
     distribution: Literal["uniform", "cosine"] = "uniform"
@@ -24,6 +24,7 @@ class ObjectiveParams(Section):
     """Mask variants of each sample in the cached activations; epochs revisit them in turn."""
 
     def problems(self) -> list[tuple[str, str]]:
+        """A range that is none."""
         if self.mask_min > self.mask_max:
             return [("mask_min", f"expected at most objective.mask_max ({self.mask_max})")]
         return []

@@ -2,14 +2,16 @@
 
 import copy
 import difflib
-import re
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import Field, ValidationError
 
+from stackwise.config.allowed import as_yaml, at, dereference, in_words
 from stackwise.config.compute import ActivationsParams, ComputeParams, TrunkParams
 from stackwise.config.data import DataParams, TokenizerParams
 from stackwise.config.evaluation import EvaluateParams, ReportParams
@@ -29,6 +31,9 @@ from stackwise.errors import UserError
 
 UNTRACKED = ("activations", "checkpoint", "tracking")
 """Sections that change no result: every stage may read them, none declares them."""
+
+_HARMLESS: dict[str, Any] = {"seed": 0, "seq_len": 2, "n_stacks": 10**9, "stacks": []}
+"""Values that hide no problem of others; of all other sections `{}`."""
 
 
 class Params(Section):
@@ -79,13 +84,15 @@ class Params(Section):
         return self.stack.model_copy(update=overrides)
 
     def problems(self) -> list[tuple[str, str]]:
+        """What does not fit together across sections."""
         found = []
         for k, overrides in enumerate(self.stacks):
             if k >= self.n_stacks and overrides.model_fields_set:
                 found.append(
                     (
                         f"stacks.{k}",
-                        f"overrides a stack that does not exist: n_stacks is {self.n_stacks}, the last stack is {self.n_stacks - 1}",
+                        f"overrides a stack that does not exist: n_stacks is {self.n_stacks}, "
+                        f"the last stack is {self.n_stacks - 1}",
                     )
                 )
         if self.stacks and self.stacks[0].init == "copy":
@@ -110,11 +117,13 @@ def load(path: str | Path = "params.yaml") -> Params:
     path = Path(path)
     tree = read_yaml(path)
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {_show(tree)}")
+        content = "is empty" if tree is None else f"holds {_show(tree)}"
+        raise UserError(f"{path}: {content}; expected a mapping of sections, as in docs/parameters.md")
     found = list(_find_problems(tree))
+    if len(found) == 1:
+        raise UserError(f"{path}: {found[0]}")
     if found:
-        lines = "".join(f"\n  {line}" for line in found)
-        raise UserError(f"{path}: {len(found)} problem{'s' * (len(found) > 1)}{lines}")
+        raise UserError("\n  ".join((f"{path}: {len(found)} problems", *found)))
     return Params.model_validate(tree)
 
 
@@ -143,18 +152,20 @@ def _restrict(value: Any, tree: Mapping[str, Any]) -> Any:
     return part
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice in one mapping is an error."""
+class _Loader(yaml.SafeLoader):
+    """YAML whose keys are text, whatever they look like, and stand only once in a mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    mark = key_node.start_mark
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands here twice", mark)
-                seen.add(key)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key.start_mark)
+            if key.value in seen:
+                what = f"the key {key.value} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+            seen.add(key.value)
+            if key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 
@@ -165,11 +176,14 @@ def read_yaml(path: Path) -> Any:
         UserError: the file is missing or not YAML.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run this where it lies or give its path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -177,40 +191,42 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}{where}: not valid YAML: {what}") from None
 
 
-def _find_problems(tree: dict[Any, Any]) -> Iterator[str]:
+def _find_problems(tree: dict[str, Any]) -> Iterator[str]:
     """Every problem of a params file, a line each; a bad value hides no problem elsewhere."""
-    wrong: set[tuple[int | str, ...]] = set()  # sections with a value that could not be read
+    reported: set[tuple[str, ...]] = set()
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
-        yield from (_explain(**e) for e in error.errors())
-        wrong = {e["loc"][:-1] for e in error.errors() if e["type"] != "extra_forbidden"}
+        errors = error.errors()
+        yield from (_explain(**e) for e in errors)
+        reported = {tuple(map(str, e["loc"])) for e in errors if e["type"] != "extra_forbidden"}
         try:
-            params = Params.model_validate(_without(tree, [e["loc"] for e in error.errors()]))
+            params = Params.model_validate(_without(tree, [e["loc"] for e in errors]))
         except ValidationError:
             return
+    wrong = {path[:-1] for path in reported} - {()}  # sections of which a value could not be read
     for path, section in _sections((), params):
-        if path in wrong:
-            continue
-        for key, message in section.problems():
+        for key, message in section.problems() if path not in wrong else ():
             full = (*path, *key.split("."))
-            yield f"{'.'.join(full)} = {_show(_lookup(tree, full))}: {message}"
+            if full not in reported:
+                yield f"{'.'.join(full)} = {_show(_lookup(tree, full))}: {message}"
 
 
 def _without(tree: Any, paths: Iterable[tuple[int | str, ...]]) -> Any:
-    """A copy of `tree` that lacks the values at `paths`; a missing section is there with its defaults."""
+    """A copy of `tree` with what is harmless in place of the values at `paths`."""
     tree = copy.deepcopy(tree)
     for *parents, last in paths:
+        if isinstance(last, int) and _section_at((*parents, last)) is None:  # an item of a list of plain values
+            last = parents.pop()
         node = tree
         for part in parents:
             node = node[part]
-        if isinstance(node, dict):
-            section = _section_at((*parents, last))
-            node.pop(last, None)
-            if not parents and section is not None:
-                node[last] = {} if _section_of(Params.model_fields[str(last)].annotation) is section else []
-        elif isinstance(last, int):
+        if isinstance(last, int):
             node[last] = {}
+        elif not parents and last in Params.model_fields:
+            node[last] = _HARMLESS.get(last, {})
+        else:
+            node.pop(last, None)
     return tree
 
 
@@ -223,37 +239,49 @@ def _sections(path: tuple[str, ...], section: Section) -> Iterator[tuple[tuple[s
             yield from _sections((*path, name), value)
 
 
-def _explain(*, type: str, loc: tuple[int | str, ...], msg: str, input: Any, **_: Any) -> str:
+def _explain(*, type: str, loc: tuple[int | str, ...], input: Any, **_: Any) -> str:
     """One line for one of pydantic's errors: path, value, what is allowed, the nearest valid name."""
     path = ".".join(map(str, loc))
     known = _section_at(loc[:-1])
-    if type == "extra_forbidden" and known is not None:
-        key = str(loc[-1])
-        near = difflib.get_close_matches(key, known.model_fields, 1)
-        elsewhere = [".".join((*p, key)) for p in _paths_of(key)]
-        prefix = ".".join(map(str, loc[:-1]))
-        hint = (
-            f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-            if near
-            else (
-                f"did you mean {elsewhere[0]}?" if elsewhere else f"the keys here are {', '.join(known.model_fields)}"
-            )
-        )
-        return f"{path} = {_show(input)}: no such parameter; {hint}"
+    if type in ("extra_forbidden", "invalid_key") and known is not None:
+        return f"{path} = {_show(input)}: no such parameter; {_suggest(loc, known)}"
+    schema = _json_schema()
+    part = at(schema, loc)
+    assert part is not None, loc
+    allowed = in_words(schema, part)
+    part = dereference(schema, part)
     if type == "missing":
-        default = "{}" if _section_at(loc) not in (None, known) else "..."
-        return f"{path}: missing; write `{path}: {default}` (docs/parameters.md lists its values)"
-    expected = msg[0].lower() + msg[1:]
-    expected = re.sub(r"^(value error, |input should be (a valid )?)", "", expected)
-    expected = expected if expected.startswith("expected") else f"expected {expected}"
-    if type == "literal_error" and isinstance(input, str):
-        near = difflib.get_close_matches(input, re.findall(r"'([^']+)'", msg), 1)
-        expected += f"; did you mean {near[0]}?" if near else ""
-    if type in ("float_type", "int_type") and isinstance(input, str) and _is_number(input):
-        expected += f"; YAML reads {input} as text: write {float(input):#.6g} without quotes"
-    if type == "model_type":
-        expected = "expected a mapping of keys"
-    return f"{path} = {_show(input)}: {expected}"
+        default = {"object": "; `{}` takes every default", "array": "; `[]` is an empty one"}.get(part["type"], "")
+        return f"{path}: missing; expected {allowed}{default}"
+    return f"{path} = {_show(input)}: expected {allowed}{_hint(input, part)}"
+
+
+@cache
+def _json_schema() -> dict[str, Any]:
+    return Params.model_json_schema()
+
+
+def _suggest(loc: tuple[int | str, ...], section: type[Section]) -> str:
+    """What an unknown key of `section` may be meant to be."""
+    *parents, key = map(str, loc)
+    if near := difflib.get_close_matches(key, section.model_fields, 1):
+        return f"did you mean {'.'.join((*parents, near[0]))}?"
+    if elsewhere := next(_paths_of(key), None):
+        return f"did you mean {'.'.join((*elsewhere, key))}?"
+    return f"the keys here are {', '.join(section.model_fields)}"
+
+
+def _hint(value: Any, part: Mapping[str, Any]) -> str:
+    """How a value that is wrong in a common way is written right."""
+    if "enum" in part and isinstance(value, str):
+        near = difflib.get_close_matches(value, part["enum"], 1)
+        return f"; did you mean {near[0]}?" if near else ""
+    if part.get("type") not in ("integer", "number") or (number := _number(value)) is None:
+        return ""
+    text = "; this is text in YAML, not a number" if isinstance(value, str) else ""
+    if part["type"] == "integer":
+        return f"{text}; write {int(number)}" if number.is_integer() else text
+    return f"{text}; write {as_yaml(number)}" if text else ""
 
 
 def _section_at(loc: Iterable[int | str]) -> type[Section] | None:
@@ -299,9 +327,10 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _is_number(text: str) -> bool:
+def _number(value: Any) -> float | None:
+    """The finite number that a text or a float holds."""
     try:
-        float(text)
+        number = float(value) if isinstance(value, (str, float)) else math.nan
     except ValueError:
-        return False
-    return True
+        return None
+    return number if math.isfinite(number) else None

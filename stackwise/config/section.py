@@ -6,7 +6,9 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A mapping of `params.yaml`: immutable, no unknown keys, no silent conversion between types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     def problems(self) -> list[tuple[str, str]]:
         """Combinations of this section's own values that cannot be, as (key within the section, message)."""

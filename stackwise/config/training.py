@@ -21,7 +21,8 @@ class StackParams(Section):
     lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate."""
     init: Init = "copy"
-    """Weights of a new stack: `copy` of the one below, `zero` (its output projections are zero, so it starts as the identity) or `random`. The first stack has nothing to copy and starts at random."""
+    """Weights of a new stack: `copy` of the one below, `zero` (its output projections are zero, so it starts as the
+    identity) or `random`. The first stack has nothing to copy and starts at random."""
 
 
 class StackOverrides(Section):
@@ -55,15 +56,17 @@ class OptimizerParams(Section):
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches that a step's batch is cut into; must divide every batch size."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
-    """Learning rate after warm-up: `constant`, `linear` or `cosine` down to `final_lr`, or `wsd`: constant, then linear decay over the last `decay` share."""
+    """Learning rate after warm-up: `constant`, `linear` or `cosine` down to `final_lr`, or `wsd`: constant, then linear
+    decay over the last `decay` share."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps in which the learning rate rises linearly from zero."""
     decay: float = Field(default=0.3, gt=0, le=1)
-    """Share of the steps in which schedule `wsd` decays."""
+    """Share of the steps in which schedule `wsd` decays; with `warmup` at most 1."""
     final_lr: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
 
     def problems(self) -> list[tuple[str, str]]:
+        """Phases that take more than all steps."""
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             return [
                 ("decay", f"expected at most {1 - self.warmup:g}, because warmup takes {self.warmup:g} of the steps")

@@ -230,14 +230,20 @@ def _first_line(error: Exception) -> str:
 # --- dummy
 
 _WORDS = {
-    "article": "the a this that every one our their".split(),
-    "adjective": "small old quiet bright heavy green early distant broken gentle hungry wooden".split(),
-    "noun": "river house farmer window letter garden engine winter market bridge horse lamp village".split(),
-    "verb": "finds follows carries remembers opens leaves crosses paints hears keeps builds watches".split(),
-    "preposition": "near behind under beside without towards after before".split(),
-    "end": [". ", "; ", "? ", "! "],
+    kind: words.split()
+    for kind, words in {
+        "article": "the a this that every one our their",
+        "adjective": "small old quiet bright heavy green early distant broken gentle hungry wooden",
+        "noun": "river house farmer window letter garden engine winter market bridge horse lamp village",
+        "verb": "finds follows carries remembers opens leaves crosses paints hears keeps builds watches",
+        "preposition": "near behind under beside without towards after before",
+        "end": ". ; ? !",
+    }.items()
 }
-_PATTERN = "article adjective noun verb article noun preposition article adjective noun end".split()
+_SENTENCE = (
+    *("article", "adjective", "noun", "verb", "article", "noun"),
+    *("preposition", "article", "adjective", "noun", "end"),
+)
 _ODDS = (0.6, 0.25, 0.1, 0.05)
 
 
@@ -260,8 +266,8 @@ def dummy_documents(seed: int) -> Iterator[str]:
         word = draw.choice(_WORDS["end"])
         text = ""
         for _ in range(draw.randint(4, 16)):
-            for kind in _PATTERN:
+            for kind in _SENTENCE:
                 word = draw.choices(successors[word, kind], _ODDS)[0]
-                text += word if kind == "end" or not text or text[-1] == " " else f" {word}"
-        yield text.rstrip()
+                text += word if kind == "end" else f" {word}"
+        yield text.lstrip()
         index += 1

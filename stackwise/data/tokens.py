@@ -41,7 +41,7 @@ class TokenDataset:
         Raises:
             UserError: the file holds not even one sample.
         """
-        tokens = np.asarray(np.load(path, mmap_mode="r"))  # a view: it remains on disk
+        tokens = np.load(path, mmap_mode="r")
         n = len(tokens) // seq_len
         if n == 0:
             raise UserError(

@@ -13,9 +13,11 @@ def rotary_table(seq: int, head_dim: int, theta: float, device: torch.device) ->
     Returns:
         Two fp32 tensors `[seq, head_dim]`, each frequency standing in both halves.
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = torch.outer(torch.arange(seq, dtype=torch.float32, device=device), frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    # The table outlives the call: one made by an evaluation must serve training as well.
+    with torch.inference_mode(False):
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+        angles = torch.outer(torch.arange(seq, dtype=torch.float32, device=device), frequencies).repeat(1, 2)
+        return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

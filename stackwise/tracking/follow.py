@@ -44,9 +44,9 @@ DATASETS = ("corpus", "tokens")
 """Kinds of artifacts that MLflow shows as datasets."""
 CONFIG_TAG = "stackwise.config"
 RECORD_TAG = "stackwise.record"
-# Limits of MLflow: 100 parameters, 100 tags and 1000 of everything in a batch; lengths of names and values.
-MAX_PARAMS = 100
-MAX_METRICS = 800
+GATHER = 1000
+"""Metrics that are logged before progress is kept; MLflow takes as many in one request."""
+# MLflow's limits of lengths: of names and values of parameters, of digests of datasets.
 MAX_NAME = 250
 MAX_VALUE = 6000
 MAX_DIGEST = 36
@@ -164,16 +164,13 @@ class Experiment:
     def __init__(self, uri: str, name: str) -> None:
         from mlflow import MlflowClient
 
-        self.uri = uri
         self.client = MlflowClient(uri)
         self._pipelines: dict[str, Pipeline] = {}
         found = self.client.get_experiment_by_name(name)
         self.id: str = found.experiment_id if found else self.client.create_experiment(name)
         if found and found.lifecycle_stage == "deleted":  # its name cannot be given to another
             self.client.restore_experiment(self.id)
-            say(
-                f"{uri}: restored the experiment {name}, which was deleted (tracking.experiment sets another)"
-            )
+            say(f"{uri}: restored the deleted experiment {name} (tracking.experiment names another)")
 
     def find(self, tag: str, value: str) -> "Run | None":
         """The oldest run with a tag."""
@@ -190,24 +187,21 @@ class Experiment:
         tags: Mapping[str, str] | None = None,
         metrics: "list[Metric] | None" = None,
     ) -> None:
-        """Log any number of things in as few batches as MLflow allows."""
+        """Log any number of things; the client divides what is too much for one request."""
         from mlflow.entities import Param, RunTag
 
-        more_params = [Param(*item) for item in (params or {}).items()]
-        more_tags = [RunTag(*item) for item in (tags or {}).items()]
-        more_metrics = metrics or []
-        while more_params or more_tags or more_metrics:
-            batch = more_metrics[:MAX_METRICS], more_params[:MAX_PARAMS], more_tags[:MAX_PARAMS]
-            self.client.log_batch(run_id, *batch)
-            more_metrics = more_metrics[MAX_METRICS:]
-            more_params = more_params[MAX_PARAMS:]
-            more_tags = more_tags[MAX_PARAMS:]
+        self.client.log_batch(
+            run_id,
+            metrics or (),
+            [Param(*item) for item in (params or {}).items()],
+            [RunTag(*item) for item in (tags or {}).items()],
+        )
 
     def pipeline(self, start: dict[str, Any]) -> Pipeline:
         """The parent of an execution, which runs now."""
         config = start["config"]
         if config not in self._pipelines:
-            tags = {CONFIG_TAG: config, "mlflow.source.name": "params.yaml", **_origin(start)}
+            tags = {CONFIG_TAG: config, "mlflow.source.name": "params.yaml"}
             run = self.find(CONFIG_TAG, config) or self.client.create_run(
                 self.id, _milliseconds(start["time"]), tags, f"config-{config[:8]}"
             )
@@ -316,7 +310,7 @@ class Execution:
                     except ValueError:  # such as after a full disk
                         continue
                     events.add(event)
-                    if more := len(events.metrics) >= MAX_METRICS:
+                    if more := len(events.metrics) >= GATHER:
                         break
                 if progress.offset > begin:
                     self._push(events, experiment, pipeline)
@@ -353,6 +347,7 @@ class Execution:
         run = found or experiment.client.create_run(
             experiment.id, _milliseconds(start["time"]), tags, start["stage"]
         )
+        experiment.log(pipeline.run_id, tags=_origin(start))  # of its latest execution
         self.progress.run = run.info.run_id
         self.progress.save(self.record)
         return self.progress, run.info.run_id
@@ -405,9 +400,9 @@ class Follower:
                     if not first.endswith(b"\n"):  # just begun; looked at again
                         continue
                     execution = Execution(record, first)
-                except FileNotFoundError:
+                except OSError:  # removed
                     continue
-                except (ValueError, KeyError) as error:
+                except (ValueError, KeyError, TypeError) as error:
                     say(f"{name}: not a record ({error!r})")
                 else:
                     if execution.tracking.get("enabled"):
@@ -423,32 +418,35 @@ class Follower:
                 return False
             if self.find_work():
                 for name in list(self._open):
-                    if not self._advance(name) and not _is_in_place(lock):
-                        return False
+                    self._advance(name)
                 quiet_since = time.monotonic()
             time.sleep(POLL)
         self._prune()
         return True
 
-    def _advance(self, name: str) -> bool:
-        """Log what is new in a record; whether that went well."""
+    def _advance(self, name: str) -> None:
+        """Log what is new in a record."""
         execution = self._open[name]
-        key = execution.uri, execution.tracking["experiment"]
         try:
-            if key not in self._experiments:
-                self._experiments[key] = None  # in case of failure: not tried again for the next record
-                self._experiments[key] = Experiment(*key)
-            experiment = self._experiments[key]
+            experiment = self._experiment(execution)
             if experiment is None:
-                del self._open[name]
-                return True
+                self._give_up(name)
+                return
             pipeline = experiment.pipeline(execution.start)
             if end := execution.advance(experiment, pipeline):
                 self._close(name, experiment, pipeline, end)
-            return True
         except Exception as error:  # of any kind: MLflow, its stores and servers raise too many to name
             self._give_up(name, error)
-            return False
+
+    def _experiment(self, execution: Execution) -> Experiment | None:
+        """Where an execution is logged; None if that has failed before."""
+        key = execution.uri, execution.tracking["experiment"]
+        if key not in self._experiments:
+            self._experiments[key] = (
+                None  # until it is there: a server is not waited for once for each record
+            )
+            self._experiments[key] = Experiment(*key)
+        return self._experiments[key]
 
     def _close(self, name: str, experiment: Experiment, pipeline: Pipeline, end: dict[str, Any]) -> None:
         """End a child run, and its parent unless others of its children run."""
@@ -468,19 +466,19 @@ class Follower:
         execution.progress.save(execution.record)
         del self._open[name]
 
-    def _give_up(self, name: str, error: Exception) -> None:
+    def _give_up(self, name: str, error: Exception | None = None) -> None:
         """Leave a record to the next follower; when it is old, for good."""
         execution = self._open.pop(name)
         execution.leave()
         try:
-            age = time.time() - execution.record.stat().st_mtime
-            if age > ABANDON:
+            if time.time() - execution.record.stat().st_mtime > ABANDON:
                 execution.progress = execution.progress or Progress(execution.uri)
                 execution.progress.done = True
                 execution.progress.save(execution.record)
-        except FileNotFoundError:  # removed, which may be why
+        except FileNotFoundError:  # removed, and maybe that is all that is wrong
             return
-        say(f"{name}: not logged to {execution.uri}{' and abandoned' if age > ABANDON else ''}: {error}")
+        if error:
+            say(f"{name}: not logged to {execution.uri}: {error}")
 
     def _prune(self) -> None:
         """Remove all records but the newest."""

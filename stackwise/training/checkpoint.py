@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,22 @@ class Checkpoints:
         Returns:
             Steps done and the facts that were saved; (0, {}) if there is no checkpoint that can be read.
         """
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
         try:
             with safe_open(self.file, framework="pt") as f:
                 facts = json.loads(f.metadata()["facts"])
-                tensors = {key: f.get_tensor(key) for key in f.keys()}
-        except (OSError, SafetensorError):  # none, or damaged: start over
+                for key in f.keys():
+                    kind, name = key.split("/", 1)
+                    states[name][kind] = f.get_tensor(key)
+            step = facts.pop("step")
+            values = {name: states[name].pop("parameter") for name in parameters}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # none, or damaged: start over
             return 0, {}
         for name, parameter in parameters.items():
-            optimizer.state[parameter] = {}
             with torch.no_grad():
-                parameter.copy_(tensors.pop(f"parameter/{name}"))
-        for key, value in tensors.items():
-            kind, name = key.split("/", 1)
-            optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
-        return facts.pop("step"), facts
+                parameter.copy_(values[name])
+            optimizer.state[parameter] = {kind: value.to(parameter.device) for kind, value in states[name].items()}
+        return step, facts
 
     def discard(self) -> None:
         """Remove it: the stage has published its result."""

@@ -8,7 +8,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of 60 documents of real English."""
     directory = tmp_path_factory.mktemp("corpus")
     params = DataParams(max_documents=60)
-    corpus.write_corpus(sources.documents(params, 0), directory, params=params, seed=0)
+    texts = (f"{text}\n(naïve)" for text in sources.documents(params, 0))
+    corpus.write_corpus(texts, directory, params=params, seed=0)
     return directory
 
 
@@ -93,10 +94,14 @@ def test_docstrings_are_prose_in_order(tmp_path: Path, monkeypatch: pytest.Monke
         'class A:\n    """A class\n\n       of some words."""\n    def f(self):\n        """x y z"""\n'
         'if A:\n    async def g():\n        r"""Five six \\d seven eight."""\n'
     )
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "z.py").write_text('"""The first of all modules."""')
     (tmp_path / "broken.py").write_text('"""One two three four."""\n)')
     (tmp_path / "empty.py").write_text("")
-    first = next(sources.python_docs())
-    assert first == "One two three four.\n\nA class\n\nof some words.\n\nFive six \\d seven eight."
+    first, second, topic = islice(sources.python_docs(), 3)
+    assert first == "The first of all modules."
+    assert second == "One two three four.\n\nA class\n\nof some words.\n\nFive six \\d seven eight."
+    assert topic.startswith('The "assert" statement')
 
 
 def test_text_files_are_documents_in_sorted_order(tmp_path: Path) -> None:
@@ -140,8 +145,8 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 def test_table_files_are_streamed(suffix: str, tmp_path: Path) -> None:
     rows = [{"id": i, "body": t} for i, t in enumerate(["first\nline, é", "NA", "", "12"])]
     write_table(tmp_path / f"a[1]{suffix}", rows)  # characters that globs know
-    write_table(tmp_path / f"b{suffix}", [{"id": 9, "body": "last"}])
-    texts = [row["body"] for row in rows] + ["last"]
+    write_table(tmp_path / f"b{suffix}", [{"id": 9, "body": "007"}])
+    texts = [row["body"] for row in rows] + ["007"]
     assert files(tmp_path / f"*{suffix}", text_column="body") == texts
     assert files(tmp_path / f"*{suffix}", text_column="body", max_documents=2) == texts[:2]
 
@@ -197,7 +202,8 @@ def test_hub_data_set(tmp_path: Path) -> None:
 
 def test_dummy_text_is_drawn_from_the_seed() -> None:
     texts = read(source="dummy")
-    assert len(texts) == 512 and len(set(texts)) == 512
+    assert len(texts) == 512
+    assert len(set(texts)) == 512
     assert texts == read(source="dummy")
     assert texts[:3] == read(source="dummy", dummy_documents=3) == read(source="dummy", max_documents=3)
     assert set(texts).isdisjoint(read(seed=1, source="dummy"))
@@ -242,7 +248,7 @@ def splits(directory: Path) -> dict[str, list[str]]:
 
 def test_corpus_drops_short_documents_and_duplicates(tmp_path: Path) -> None:
     texts = [f"document é {i}" for i in range(50)]
-    facts = write(["abc", " \n", texts[0] + "\r\n", *texts, "document e\u0301 7", ""], tmp_path)
+    facts = write(["abc", "a  \r\n\n", texts[0] + "\r\n", *texts, "document e\u0301 7", ""], tmp_path)
     found = splits(tmp_path)
     assert sorted(found["train"] + found["validation"]) == sorted(texts)
     assert (facts["dropped_short"], facts["dropped_duplicates"]) == (3, 2)
@@ -423,7 +429,8 @@ def test_tokens_artifact(kind: str, text_corpus: Path, tmp_path: Path) -> None:
         texts = list(corpus.read_documents(text_corpus / f"{split}.jsonl"))
         ids = [i for text in tokenizer.encode(tok, texts) for i in (*text, opened.vocabulary.eos_id)]
         stored = np.load(tmp_path / "tokens" / f"{split}.npy")
-        assert stored.dtype == np.uint16 and stored.tolist() == ids
+        assert stored.dtype == np.uint16
+        assert stored.tolist() == ids
         facts = draft.facts[split]
         assert facts == {"tokens": len(ids), "bytes": sum(len(t.encode()) for t in texts)}
         dataset = getattr(opened, split)
@@ -449,7 +456,8 @@ def test_batches_change_nothing(text_corpus: Path, tmp_path: Path, monkeypatch: 
     seen: list[int] = []
     encoding.write_token_dataset(text_corpus, tmp_path, TOKENIZERS["bpe"], progress=seen.append)
     assert content(tmp_path) == before
-    assert seen[:2] == [3, 6] and seen.count(3) == 2
+    assert seen[:2] == [3, 6]
+    assert seen.count(3) == 2
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
@@ -458,7 +466,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
         tok = foreign(tmp_path / str(n), " ".join(words), eos_token="</s>")
         encoding.write_tokens(tok, iter([words[-1]]), tmp_path / "t.npy")
         stored = np.load(tmp_path / "t.npy")
-        assert stored.dtype == dtype and stored.tolist() == [n - 1, 1]
+        assert stored.dtype == dtype
+        assert stored.tolist() == [n - 1, 1]
 
 
 def test_files_are_the_same_in_another_process(text_corpus: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Stage cache_activations: run the training data through the frozen stacks and keep what comes out for the next one.
 
-The artifact is the boundary's identity. The activations lie in a store that is named by it (see `activations.directory`);
-whoever needs a store that is gone makes it again.
+The artifact is the boundary's identity. The activations lie in a store that is named by it (see
+`activations.directory`); whoever needs a store that is gone makes it again.
 """
 
 import argparse
@@ -10,13 +10,17 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
+from workflow.stage import StageRun, check_params, run_stage
+
+if __name__ == "__main__":
+    check_params()  # before the imports that take seconds
+
 from stackwise.cache.boundary import KIND, Boundaries, Source
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
 from stackwise.precision.trunk import KIND as TRUNK
 from stackwise.precision.trunk import TrunkStack
 from stackwise.training.device import set_up
-from workflow.stage import StageRun, run_stage
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +39,9 @@ def work(run: StageRun) -> None:
     tokens = open_tokens(tokens_artifact, params.seq_len)
     trunk = [TrunkStack(run.read(f"trunk.{i}", path, TRUNK)) for i, path in enumerate(args.trunk)]
     source = Source(params, tokens_artifact, tokens.train, tokens.vocabulary.mask_id, trunk)
-    with Boundaries(source, device=device, progress=run.rows_made).open(args.index):
-        with run.publish(args.out, KIND) as draft:
-            draft.facts |= source.identity(args.index)
+    boundaries = Boundaries(source, device=device, progress=run.rows_made)
+    with boundaries.open(args.index), run.publish(args.out, KIND) as draft:
+        draft.facts |= source.identity(args.index)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
+from workflow.stage import StageRun, check_params, run_stage
+
+if __name__ == "__main__":
+    check_params()  # before the imports that take seconds
+
 from stackwise.data.corpus import KIND, write_corpus
 from stackwise.data.sources import documents
-from workflow.stage import StageRun, run_stage
 
 
 def declare(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
+from workflow.stage import StageRun, check_params, run_stage
+
+if __name__ == "__main__":
+    check_params()  # before the imports that take seconds
+
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
 from stackwise.growth.racks import KIND as RACK
@@ -14,7 +19,6 @@ from stackwise.growth.stacks import KIND as STACK
 from stackwise.growth.stacks import TrainedStack, fuse
 from stackwise.inference.evaluation import Evaluator
 from stackwise.training.device import set_up
-from workflow.stage import StageRun, run_stage
 
 
 def declare(parser: argparse.ArgumentParser) -> None:

@@ -6,13 +6,17 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
+from workflow.stage import StageRun, check_params, run_stage
+
+if __name__ == "__main__":
+    check_params()  # before the imports that take seconds
+
 from stackwise.config.objective import ObjectiveParams
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
 from stackwise.growth.racks import KIND
 from stackwise.objectives.targets import CausalObjective, MaskDiffusionObjective, Objective
 from stackwise.training.device import set_up
-from workflow.stage import StageRun, run_stage
 from workflow.training import tune_rack
 
 

@@ -8,6 +8,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
+from workflow.stage import StageRun, check_params, run_stage
+
+if __name__ == "__main__":
+    check_params()  # before the imports that take seconds
+
 import torch
 
 from stackwise.data.tokens import KIND as TOKENS
@@ -17,7 +22,6 @@ from stackwise.growth.racks import load_rack
 from stackwise.inference.sampling import sample_causal, sample_diffusion
 from stackwise.training.device import set_up
 from workflow.figures import depth_curve, loss_curves, masked_nll
-from workflow.stage import StageRun, run_stage
 
 KIND = "report"
 

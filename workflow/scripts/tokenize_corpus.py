@@ -7,10 +7,14 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
+from workflow.stage import StageRun, check_params, run_stage
+
+if __name__ == "__main__":
+    check_params()  # before the imports that take seconds
+
 from stackwise.data.corpus import KIND as CORPUS
 from stackwise.data.encoding import write_token_dataset
 from stackwise.data.tokens import KIND
-from workflow.stage import StageRun, run_stage
 
 
 def declare(parser: argparse.ArgumentParser) -> None:

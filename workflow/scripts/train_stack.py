@@ -8,6 +8,11 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
+from workflow.stage import StageRun, check_params, run_stage
+
+if __name__ == "__main__":
+    check_params()  # before the imports that take seconds
+
 from stackwise.cache.boundary import KIND as BOUNDARY
 from stackwise.cache.boundary import Boundaries, Source, check_identity
 from stackwise.data.order import SampleOrder
@@ -21,7 +26,6 @@ from stackwise.objectives.targets import MaskDiffusionObjective
 from stackwise.precision.trunk import KIND as TRUNK
 from stackwise.precision.trunk import TrunkStack
 from stackwise.training.device import set_up
-from workflow.stage import StageRun, run_stage
 from workflow.training import finish, train_window
 
 

@@ -1,4 +1,4 @@
-"""Stage tune_jointly: train all stacks of the fused rack together, for a share of the steps that they took one by one."""
+"""Stage tune_jointly: train all stacks of the fused rack together, for a share of the steps they took one by one."""
 
 import argparse
 import sys
@@ -6,12 +6,16 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
+from workflow.stage import StageRun, check_params, run_stage
+
+if __name__ == "__main__":
+    check_params()  # before the imports that take seconds
+
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
 from stackwise.growth.racks import KIND
 from stackwise.objectives.targets import MaskDiffusionObjective
 from stackwise.training.device import set_up
-from workflow.stage import StageRun, run_stage
 from workflow.training import tune_rack
 
 

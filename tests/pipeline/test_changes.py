@@ -1,0 +1,119 @@
+"""What a change reruns: the least that it must, the same under both engines, and nothing where nothing has changed."""
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
+
+# check_params reads the whole file, so it stands in every set: any change of a value has to be checked.
+CHECK = {"check_params"}
+REPORT = CHECK | {"report"}
+CLM = REPORT | {"fine_tune_clm", "evaluate_clm"}
+DIFFUSION = REPORT | {"fine_tune_diffusion", "evaluate_diffusion"}
+EVALUATIONS = REPORT | {
+    *("evaluate_stack_0", "evaluate_stack_1", "evaluate_fused", "evaluate_clm", "evaluate_diffusion")
+}
+FUSED = CLM | DIFFUSION | {"fuse", "evaluate_fused"}
+STACK_1 = FUSED | {"train_stack_1", "evaluate_stack_1"}
+TRUNK = STACK_1 | {"quantize_trunk_0", "cache_activations_1"}
+STACK_0 = TRUNK | {"train_stack_0", "evaluate_stack_0"}
+TOKENS = STACK_0 | {"tokenize"}
+CORPUS = TOKENS | {"corpus"}
+
+CHANGES: list[tuple[str, Any, set[str]]] = [
+    ("seed", 1, CORPUS),
+    ("data.dummy_documents", 41, CORPUS),
+    ("tokenizer.type", "char", TOKENS),
+    ("seq_len", 32, STACK_0),
+    ("model.mlp.hidden", 48, STACK_0),
+    ("objective.mask_max", 0.8, STACK_0),
+    ("optimizer.weight_decay", 0.2, STACK_0),
+    ("stack.lr", 2.0e-3, STACK_0),
+    ("stacks.0", {"lr": 2.0e-3}, STACK_0),
+    ("stacks.1", {"lr": 2.0e-3}, STACK_1),
+    ("trunk.dtype", "fp16", TRUNK),
+    ("joint.lr", 2.0e-3, CHECK),
+    ("joint.share", 0.5, CLM | DIFFUSION | {"tune_jointly", "evaluate_fused"}),
+    ("fine_tune.clm.lr", 2.0e-3, CLM),
+    ("fine_tune.diffusion.steps", 9, DIFFUSION),
+    ("fine_tune.mlm", {"steps": 8, "batch_size": 4}, REPORT | {"fine_tune_mlm", "evaluate_mlm"}),
+    ("evaluate.draws", 4, EVALUATIONS),
+    ("report.steps", 5, REPORT),
+    ("checkpoint.every", 6, CHECK),
+    ("activations.budget_gb", 49.0, CHECK),
+    ("stacks", [{}, {}, {}], CHECK),
+]
+
+
+def test_a_changed_parameter_plans_what_depends_on_it(project: "Project") -> None:
+    original = project.params.read_text()
+    planned = {}
+    for key, value, _ in CHANGES:
+        project.set_param(key, value)
+        planned[key] = project.planned()
+        project.params.write_text(original)
+    assert planned == {key: expected for key, _, expected in CHANGES}
+    assert project.planned() == set()
+    assert project.ran() == []
+
+
+def test_changed_put_back_and_checked_out(project: "Project") -> None:
+    old = project.files()
+
+    # The same set really runs under both engines; each finds done what the other has done.
+    for value, engine in ((2.0e-3, "snakemake"), (3.0e-3, "dvc")):
+        project.set_param("fine_tune.clm.lr", value)
+        project.engine(engine)
+        assert project.ran() == sorted(CLM), engine
+        assert project.changed() == set()
+        assert project.planned() == set()
+    project.commit("later")
+    later = project.files()
+    assert later != old
+
+    # Put back: restored, not run, under both engines.
+    for value, engine, files in ((1.0e-3, "dvc", old), (3.0e-3, "snakemake", later)):
+        project.set_param("fine_tune.clm.lr", value)
+        project.engine(engine)
+        assert project.ran() == sorted(CHECK), engine
+        assert project.files() == files
+        assert project.changed() == set()
+        assert project.planned() == set()
+    project.git("checkout", "--quiet", ".")
+
+    # Back in history and forth again.
+    for commit, files in (("HEAD^", old), ("-", later)):
+        project.git("checkout", "--quiet", commit)
+        project.dvc("checkout")
+        assert project.files() == files
+        assert project.planned() == set()
+        project.dvc("repro")
+        assert project.ran() == []
+
+
+def test_what_changes_no_value_reruns_nothing(project: "Project") -> None:
+    for path in (project.params, *project.root.glob("workflow/scripts/*.py"), *project.root.glob("stackwise/**/*.py")):
+        path.touch()
+    text = project.params.read_text()
+    assert "seq_len: 16\n" in text
+    project.params.write_text("# a comment\n\n" + text.replace("seq_len: 16\n", "seq_len:   16  # so long\n\n"))
+    assert yaml.safe_load(project.params.read_text()) == yaml.safe_load(text)
+    assert project.changed() == set()
+    assert project.planned() == set()
+    project.dvc("repro")
+    assert project.ran() == []
+
+
+@pytest.mark.parametrize("engine", ["snakemake", "dvc"])
+def test_an_equal_output_stops_there(project: "Project", engine: str) -> None:
+    files = project.files()
+    fuse = project.root / "workflow/scripts/fuse.py"
+    fuse.write_text(fuse.read_text() + "# a comment\n")
+    project.engine(engine)
+    assert project.ran() == ["fuse"]
+    assert project.files() == files
+    assert project.changed() == set()
+    assert project.planned() == set()
