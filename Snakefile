@@ -35,14 +35,38 @@ def receipts(*names):
     return [STAGE[name].receipt for name in names if name in STAGE]
 
 
+REPORTING = any(word.split("=")[0] == "--report" for word in sys.argv)
+
+
+report: "workflow/report/workflow.rst"
+
+
 localrules:
     all,
     fused_model,
+    figures,
+
+
+if REPORTING:
+    # Times differ between two equal runs, so no artifact holds them: this figure is drawn when a report is asked for.
+    from workflow.costs import latest_costs
+    from workflow.figures import stage_costs
+
+    stage_costs(latest_costs(STAGES), Path(".stackwise/costs.svg"))
+
+    rule figures:
+        output:
+            report("artifacts/report/losses.svg", caption="workflow/report/losses.rst", category="Training"),
+            report("artifacts/report/depth.svg", caption="workflow/report/depth.rst", category="Quality"),
+            report("artifacts/report/masked_nll.svg", caption="workflow/report/masked_nll.rst", category="Quality"),
+            report("artifacts/report/samples.html", caption="workflow/report/samples.rst", category="Samples"),
+            report(".stackwise/costs.svg", caption="workflow/report/costs.rst", category="Costs"),
 
 
 rule all:
     input:
         receipts(*STAGE),
+        rules.figures.output if REPORTING else [],
 
 
 rule fused_model:

@@ -17,6 +17,7 @@ import yaml
 
 from stackwise.config.params import Params, load
 from stackwise.config.training import FineTuneParams
+from stackwise.data.sources import find_files
 from stackwise.errors import UserError
 from workflow.resources import Estimate
 
@@ -132,7 +133,7 @@ def table(params: Params) -> list[Stage]:
             params=(ALL,),
             sources=("stackwise/config", "stackwise/errors.py"),
         ),
-        *_data_stages(),
+        *_data_stages(params),
         *_stack_stages(params),
         *_model_stages(params),
     ]
@@ -152,11 +153,16 @@ def _is_default(params: Params, key: str) -> bool:
     return False
 
 
-def _data_stages() -> Iterator[Stage]:
+def _data_stages(params: Params) -> Iterator[Stage]:
+    # What lies on this disk is watched by DVC; what another machine or the running Python holds is not.
+    files = find_files(params.data.files)
+    tokenizer = params.tokenizer.name
+    local = [tokenizer] if tokenizer is not None and Path(tokenizer).is_dir() else []
     yield Stage(
         name="corpus",
         script="corpus",
         arguments={"out": "artifacts/corpus"},
+        inputs=tuple(map(str, files)),
         outputs=("artifacts/corpus",),
         params=("seed", "data"),
         sources=(*CORPUS, "stackwise/data/sources.py"),
@@ -166,7 +172,7 @@ def _data_stages() -> Iterator[Stage]:
         name="tokenize",
         script="tokenize_corpus",
         arguments={"corpus": "artifacts/corpus", "out": "artifacts/tokens"},
-        inputs=("artifacts/corpus",),
+        inputs=("artifacts/corpus", *local),
         outputs=("artifacts/tokens",),
         params=("tokenizer",),
         sources=(*CORPUS, *TOKENS, "stackwise/data/encoding.py", "stackwise/data/tokenizer.py"),

@@ -6,6 +6,7 @@ outputs that Snakemake sees, so a missing one is the only thing that makes it ru
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,6 +38,8 @@ def stale(stages: list[Stage]) -> set[str]:
     """Stages that DVC finds changed, with every stage downstream of one."""
     running: set[str] = set()
     answer = _dvc("status", "--json")
+    if answer.returncode and _mend(answer.stderr):
+        answer = _dvc("status", "--json")
     if answer.returncode and "is busy" in answer.stderr:  # a stage is running: ask about the others only
         writing = _being_written()
         running = _downstream(stages, {s.name for s in stages if writing & set(_made_by(s))})
@@ -45,6 +48,27 @@ def stale(stages: list[Stage]) -> set[str]:
     if answer.returncode:
         raise UserError(f"dvc status: {answer.stderr.strip() or 'failed'}")
     return _downstream(stages, running | set(json.loads(answer.stdout)))
+
+
+def _mend(complaint: str) -> bool:
+    """Put right what DVC complains of if a kill has left it; says whether it has.
+
+    DVC writes these two files in place, and refuses every command while one is cut short.
+    """
+    lock, processes = Path("dvc.lock"), Path(".dvc/tmp/rwlock")
+    if re.search(r"RWLock-file .* is corrupted", complaint):
+        processes.unlink(missing_ok=True)  # DVC's notes of who is at work: none is that could be heard of
+        return True
+    if not re.search(r"dvc\.lock' (is invalid|validation failed)", complaint) or b"<<<<<<<" in lock.read_bytes():
+        return False
+    # What has run since the last commit is in DVC's run-cache: it is put in place, not run again.
+    committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], capture_output=True)
+    lock.unlink()
+    if committed.returncode == 0:
+        partial = lock.with_suffix(".partial")
+        partial.write_bytes(committed.stdout)
+        partial.replace(lock)
+    return True
 
 
 def _downstream(stages: list[Stage], first: set[str]) -> set[str]:

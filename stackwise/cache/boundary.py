@@ -150,7 +150,6 @@ class Boundaries:
         if not shards:
             return
         source, layout = self._source, store.layout
-        make_room(store.path, layout.total_bytes, self._budget)
         with ExitStack() as stack:
             if k == 1:
                 embeddings = source.trunk[0].load_embeddings(self._device)
@@ -161,6 +160,8 @@ class Boundaries:
                 below = stack.enter_context(self._store(k - 1))
                 self._complete(k - 1, below, sorted(set(below.missing()) & set(shards)))
                 read = BoundaryReader(below, lambda shard: self._remake(k - 1, below, shard)).read
+            # Only now: what the boundary below was made from may go, the boundary below may not.
+            make_room(store.path, layout.total_bytes, self._budget)
             module = source.trunk[k - 1].load_stack(source.params.compute.dtype, self._device)
             wanted, done = sum(len(layout.shard_range(g)) for g in shards), 0
             for g in shards:
@@ -202,17 +203,18 @@ class BoundaryReader:
         layout = self._store.layout
         out = torch.empty((len(rows), layout.seq, layout.d_model), dtype=_torch_dtype(layout.dtype))
         buffer = out.view(torch.uint16).numpy() if layout.dtype == "bfloat16" else out.numpy()
-        for attempt in range(3):
+        remade: set[int] = set()
+        while True:
             try:
                 self._store.read_rows(rows, buffer, verify=verify)
                 return out
             except DamagedShard as damage:
-                if attempt == 2:
+                if damage.shard in remade:
                     raise UserError(
                         f"{damage.path}: damaged again after it was remade ({damage.reason}); check the disk"
                     ) from None
+                remade.add(damage.shard)
                 self._remake(damage.shard)
-        raise AssertionError("unreachable")
 
 
 def check_identity(artifact: Artifact, source: Source) -> int:

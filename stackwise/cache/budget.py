@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stackwise.errors import UserError
@@ -33,7 +33,9 @@ def make_room(store: Path, size: int, budget: int) -> None:
     Raises:
         UserError: it cannot fit, because it is too large or too much is in use.
     """
-    others = [d for d in store.parent.iterdir() if d.is_dir() and d != store] if store.parent.is_dir() else []
+    found = store.parent.iterdir() if store.parent.is_dir() else ()
+    # A store that is being created has a temporary name, which begins with a point.
+    others = [d for d in found if d.is_dir() and d != store and not d.name.startswith(".")]
     sizes = {d: _size(d) for d in others}
     excess = size + sum(sizes.values()) - budget
     for other in sorted(others, key=_last_use):
@@ -46,7 +48,7 @@ def make_room(store: Path, size: int, budget: int) -> None:
                 continue
             shutil.rmtree(other, ignore_errors=True)
             excess -= sizes[other]
-            _lock_file(other).unlink(missing_ok=True)
+            # The lock file stays: somebody who has opened it, but not locked it yet, would lock what nobody else sees.
     if excess > 0:
         needed = (excess + budget) / 1e9
         raise UserError(
@@ -67,4 +69,10 @@ def _last_use(store: Path) -> float:
 
 
 def _size(directory: Path) -> int:
-    return sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
+    """Bytes of its files; those that another process removes or renames meanwhile do not count."""
+    size = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):
+                size += os.stat(os.path.join(parent, name)).st_size
+    return size

@@ -188,6 +188,9 @@ def read_yaml(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        begin = getattr(error, "context_mark", None)
+        if begin and mark and begin.line != mark.line:  # of a bracket or a quote that does not end, for instance
+            what += f", {getattr(error, 'context', '')} that begins in line {begin.line + 1}"
         raise UserError(f"{path}{where}: not valid YAML: {what}") from None
 
 

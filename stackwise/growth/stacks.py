@@ -119,7 +119,7 @@ def fuse(stacks: list[TrainedStack]) -> Rack:
     first, last = stacks[0], stacks[-1]
     for index, (below, above) in enumerate(zip(stacks, stacks[1:], strict=False), 1):
         _check_continues(below, index, above.shape.model, above.shape.vocab_size)
-        if above.artifact.inputs["below"] != below.artifact.digest:
+        if above.artifact.inputs.get("below") != below.artifact.digest:
             raise UserError(
                 f"{above.artifact.path}: was trained on another stack {below.index} than the one in "
                 f"{below.artifact.path}; run `dvc repro` or `snakemake`, which train it again"

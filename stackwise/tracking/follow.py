@@ -66,11 +66,8 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
         items = enumerate(value)
     else:
         return {_name(prefix): _text(value)}
-    return {
-        k: v
-        for key, item in items
-        for k, v in flatten(item, f"{prefix}.{key}" if prefix else str(key)).items()
-    }
+    dotted = f"{prefix}." if prefix else ""
+    return {k: v for key, item in items for k, v in flatten(item, f"{dotted}{key}").items()}
 
 
 def _name(name: str) -> str:
@@ -235,8 +232,8 @@ class Progress:
 
     uri: str
     """The store that it goes to, whatever the environment of the next follower says."""
-    run: str | None = None
-    """The child run; None until it has been created."""
+    run: str = ""
+    """The child run; empty until it has been created."""
     offset: int = 0
     """Bytes of the record that have been logged."""
     done: bool = False
@@ -268,16 +265,12 @@ class Execution:
         self.record = record
         self.start: dict[str, Any] = json.loads(first)
         self.tracking: dict[str, Any] = self.start["tracking"]
-        self.progress = Progress.load(record)
+        before = Progress.load(record)
+        self._was_begun = before is not None
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or self.tracking.get("uri") or DEFAULT_URI
+        self.progress = before or Progress(uri)
         self._identity = hashlib.sha256(first).hexdigest()[:32]
         self._monitor: Any = None  # a SystemMetricsMonitor, which has no types
-
-    @property
-    def uri(self) -> str:
-        """The store that it is logged to."""
-        if self.progress:
-            return self.progress.uri
-        return os.environ.get("MLFLOW_TRACKING_URI") or self.tracking.get("uri") or DEFAULT_URI
 
     def is_alive(self) -> bool:
         """Whether the process that writes the record still does."""
@@ -292,8 +285,10 @@ class Execution:
     def advance(self, experiment: Experiment, pipeline: Pipeline) -> dict[str, Any] | None:
         """Log what is new; returns the last event once it is logged, or one made up for a killed process."""
         alive = self.is_alive()  # asked first: what it has written before its death is then all read below
-        progress, run_id = self._run(experiment, pipeline)
+        progress = self.progress
         resumed = progress.offset > 0
+        if not progress.run:
+            self._begin(experiment, pipeline)
         with self.record.open("rb") as file:
             file.seek(progress.offset)
             more = True
@@ -318,20 +313,16 @@ class Execution:
                     return events.end
         if alive:
             if not self._monitor and self.tracking.get("system_metrics"):
-                self._watch_machine(run_id, resumed=resumed)
+                self._watch_machine(resumed=resumed)
             return None
-        experiment.log(run_id, tags={"status": "killed"})
+        experiment.log(progress.run, tags={"status": "killed"})
         return {"status": "killed", "time": self.record.stat().st_mtime}
 
-    def _run(self, experiment: Experiment, pipeline: Pipeline) -> tuple[Progress, str]:
-        """The progress and the child run, created if need be."""
-        if self.progress and self.progress.run:
-            return self.progress, self.progress.run
+    def _begin(self, experiment: Experiment, pipeline: Pipeline) -> None:
+        """Create the child run."""
         # The intention is kept first: a follower that finds it without a run looks before it makes one.
-        found = experiment.find(RECORD_TAG, self._identity) if self.progress else None
-        if self.progress is None:
-            self.progress = Progress(self.uri)
-            self.progress.save(self.record)
+        found = experiment.find(RECORD_TAG, self._identity) if self._was_begun else None
+        self.progress.save(self.record)
         start = self.start
         tags = {
             "mlflow.parentRunId": pipeline.run_id,
@@ -344,31 +335,27 @@ class Execution:
         }
         if start["stack"] is not None:
             tags["stack"] = str(start["stack"])
-        run = found or experiment.client.create_run(
-            experiment.id, _milliseconds(start["time"]), tags, start["stage"]
-        )
+        at = _milliseconds(start["time"])
+        run = found or experiment.client.create_run(experiment.id, at, tags, start["stage"])
         experiment.log(pipeline.run_id, tags=_origin(start))  # of its latest execution
         self.progress.run = run.info.run_id
         self.progress.save(self.record)
-        return self.progress, run.info.run_id
 
     def _push(self, events: Events, experiment: Experiment, pipeline: Pipeline) -> None:
         """Log gathered events, then keep how far that is."""
-        assert self.progress and self.progress.run
         experiment.log(self.progress.run, params=events.params, tags=events.tags, metrics=events.metrics)
         experiment.log(pipeline.run_id, metrics=events.of_pipeline)
         if events.datasets:
             experiment.client.log_inputs(self.progress.run, events.datasets)
         self.progress.save(self.record)
 
-    def _watch_machine(self, run_id: str, *, resumed: bool) -> None:
+    def _watch_machine(self, *, resumed: bool) -> None:
         """Log the use of CPU, memory, disk, network and GPU: of the whole machine, not of the stage alone."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        untyped: Any = SystemMetricsMonitor
-        self._monitor = untyped(
-            run_id, SAMPLING, samples_before_logging=1, resume_logging=resumed, tracking_uri=self.uri
-        )
+        monitor: Any = SystemMetricsMonitor
+        uri = self.progress.uri
+        self._monitor = monitor(self.progress.run, SAMPLING, resume_logging=resumed, tracking_uri=uri)
         self._monitor.start()
 
     def leave(self) -> None:
@@ -440,11 +427,9 @@ class Follower:
 
     def _experiment(self, execution: Execution) -> Experiment | None:
         """Where an execution is logged; None if that has failed before."""
-        key = execution.uri, execution.tracking["experiment"]
+        key = execution.progress.uri, execution.tracking["experiment"]
         if key not in self._experiments:
-            self._experiments[key] = (
-                None  # until it is there: a server is not waited for once for each record
-            )
+            self._experiments[key] = None  # in case of failure: no server is waited for once a record
             self._experiments[key] = Experiment(*key)
         return self._experiments[key]
 
@@ -452,7 +437,6 @@ class Follower:
         """End a child run, and its parent unless others of its children run."""
         execution = self._open[name]
         execution.leave()
-        assert execution.progress and execution.progress.run
         status = str(end["status"]).upper()
         at = _milliseconds(end["time"])
         experiment.client.set_terminated(execution.progress.run, status, at)
@@ -472,13 +456,12 @@ class Follower:
         execution.leave()
         try:
             if time.time() - execution.record.stat().st_mtime > ABANDON:
-                execution.progress = execution.progress or Progress(execution.uri)
                 execution.progress.done = True
                 execution.progress.save(execution.record)
         except FileNotFoundError:  # removed, and maybe that is all that is wrong
             return
         if error:
-            say(f"{name}: not logged to {execution.uri}: {error}")
+            say(f"{name}: not logged to {execution.progress.uri}: {error}")
 
     def _prune(self) -> None:
         """Remove all records but the newest."""
@@ -519,6 +502,7 @@ def _prepare_mlflow() -> None:
 def main() -> None:
     """Follow the records of the project in the current directory, unless another process does."""
     os.nice(10)  # the stages come first
+    psutil.cpu_percent()  # measures since the call before it: the first sample of a stage is then no zero
     _prepare_mlflow()
     follower = Follower()
     while True:

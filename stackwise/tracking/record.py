@@ -41,10 +41,9 @@ class Record:
     def __init__(self, stage: str, facts: dict[str, Any], *, follow: bool) -> None:
         RECORDS.mkdir(parents=True, exist_ok=True)
         self.began = time.time()
-        moment = (
-            f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(self.began))}-{int(self.began % 1 * 1000):03d}"
-        )
-        self.path = RECORDS / f"{moment}-{stage}-{os.getpid()}.jsonl"
+        second = time.strftime("%Y%m%d-%H%M%S", time.localtime(self.began))
+        milliseconds = int(self.began % 1 * 1000)
+        self.path = RECORDS / f"{second}-{milliseconds:03}-{stage}-{os.getpid()}.jsonl"
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._follow = follow
         self.add("start", stage=stage, pid=os.getpid(), argv=sys.argv, git=git_commit(), **facts)

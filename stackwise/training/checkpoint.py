@@ -56,7 +56,7 @@ class Checkpoints:
         try:
             with safe_open(self.file, framework="pt") as f:
                 facts = json.loads(f.metadata()["facts"])
-                for key in f.keys():
+                for key in f.keys():  # noqa: SIM118 (it is no mapping)
                     kind, name = key.split("/", 1)
                     states[name][kind] = f.get_tensor(key)
             step = facts.pop("step")

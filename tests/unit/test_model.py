@@ -59,7 +59,6 @@ def llama_of(rack: Rack) -> Any:
         rms_norm_eps=model.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": model.attention.rope_theta},
         tie_word_embeddings=model.tie_embeddings,
-        attn_implementation="eager",
     )
     names = {
         "attention_norm": "input_layernorm",
@@ -76,6 +75,7 @@ def llama_of(rack: Rack) -> Any:
             for ours, theirs in names.items():
                 name = name.replace(ours, theirs)
             weights[f"model.layers.{i}.{name}"] = weight
+    config._attn_implementation = "eager"
     llama = LlamaForCausalLM(config)
     llama.load_state_dict({name: w.detach().clone() for name, w in weights.items()})
     return llama.eval()
@@ -279,7 +279,8 @@ def test_frozen_up_stays_as_it_is() -> None:
 
 def test_frozen_up_starts_as_the_same_model() -> None:
     """Freezing is a matter of gradients: it changes no initial weight."""
-    free, frozen = Stack(STANDARD, 1), Stack(STANDARD.model_copy(update={"mlp": MLPParams(hidden=48, frozen_up=True)}), 1)
+    frozen_up = STANDARD.model_copy(update={"mlp": MLPParams(hidden=48, frozen_up=True)})
+    free, frozen = Stack(STANDARD, 1), Stack(frozen_up, 1)
     for stack in (free, frozen):
         initialize(stack, name="stacks.0", seed=0)
     assert all(torch.equal(p, frozen.state_dict()[name]) for name, p in free.state_dict().items())

@@ -203,13 +203,12 @@ def reference(x: Tensor, weight: Tensor, tokens: Tensor, weights: Tensor) -> Ten
 
 
 @pytest.fixture(params=[None, 1, 7], ids=["one chunk", "chunks of 64", "uneven chunks"])
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunk sizes: all rows at once, the smallest there is, and one that does not divide the rows."""
     if request.param == 1:
         monkeypatch.setitem(loss_module._CHUNK_ELEMENTS, "cpu", 1)
     elif request.param == 7:
         monkeypatch.setitem(loss_module._CHUNK_ELEMENTS, "cpu", 75 * VOCAB)
-    yield
 
 
 @pytest.mark.usefixtures("chunks")
@@ -341,9 +340,7 @@ def test_target_loss_is_the_mean_over_all_tokens_of_the_batch() -> None:
     expected = (targets.weights * F.cross_entropy(chosen, targets.tokens, reduction="none")).sum() / (4 * 24)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     wanted = [x, head.norm.weight, head.projection.weight]
-    for ours, theirs in zip(
-        torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True
-    ):
+    for ours, theirs in zip(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
 
 

@@ -229,9 +229,8 @@ def test_runs_nest_one_deep_with_one_parent_for_each_configuration(store: Store)
     assert len(store.parents) == 3
     same = store.parent(3e-3)
     assert same.info.run_name == f"config-{facts()['config'][:8]}"
-    assert {c.data.tags["mlflow.parentRunId"] for c in store.children} == {
-        p.info.run_id for p in store.parents
-    }
+    parents = {c.data.tags["mlflow.parentRunId"] for c in store.children}
+    assert parents == {p.info.run_id for p in store.parents}
     children = [c for c in store.children if c.data.tags["mlflow.parentRunId"] == same.info.run_id]
     assert {c.info.run_name for c in children} == {"train", "again", *(f"evaluate_{k}" for k in range(3))}
 
@@ -272,7 +271,7 @@ def test_what_a_killed_follower_repeats_changes_nothing(
     shutil.copytree(pipelines, project / "copy")
     monkeypatch.chdir(project / "copy")
     for kept in RECORDS.glob("*.followed"):
-        kept.write_text(json.dumps({**json.loads(kept.read_text()), "run": None, "offset": 0, "done": False}))
+        kept.write_text(json.dumps({**json.loads(kept.read_text()), "run": "", "offset": 0, "done": False}))
     before = content(Store())
     assert follow() == ""
     assert content(Store()) == before
@@ -304,11 +303,8 @@ def test_killed_follower_is_continued(project: Path, empty_store: Path) -> None:
     assert Store("sqlite:///named/mlflow.db").child("train").info.status == "RUNNING"
     record.add("metrics", step=1, values={"loss": 1.0})
     second = start_follower(**haste)
-    wait_until(
-        lambda: (
-            "system/cpu_utilization_percentage" in Store("sqlite:///named/mlflow.db").children[0].data.metrics
-        )
-    )
+    cpu = "system/cpu_utilization_percentage"
+    wait_until(lambda: cpu in Store("sqlite:///named/mlflow.db").children[0].data.metrics)
     record.add("metrics", step=2, values={"loss": 2.0})
     record.close("finished", peak_memory=1)
     assert second.communicate(timeout=60)[0] == ""
@@ -350,6 +346,28 @@ def test_follower_of_a_removed_project_leaves_quietly(project: Path, empty_store
     assert process.communicate(timeout=60)[0] == ""
     assert process.returncode == 0
     assert not project.exists()
+
+
+def test_record_that_begins_while_the_follower_leaves_is_followed(project: Path) -> None:
+    """Such a record finds the lock held, so it starts no follower."""
+    Record("early", facts(enabled=False), follow=False)
+    late = f"""
+import json
+from stackwise.tracking import follow
+from stackwise.tracking.record import Record
+follow.IDLE = 0.2
+records = [{json.dumps(facts(uri="nonsense://nowhere"))!r}]
+follow_to_the_end = follow.Follower.follow
+def follow_and_be_late(self, lock):
+    went_well = follow_to_the_end(self, lock)
+    if records:
+        Record("late", json.loads(records.pop()), follow=True).close("finished")
+    return went_well
+follow.Follower.follow = follow_and_be_late
+follow.main()
+"""
+    assert "not logged to nonsense://nowhere" in follow(late)
+    assert not (RECORDS / FOLLOWER_LOG).exists()  # no other was started
 
 
 def test_follower_leaves_a_directory_that_was_made_anew_to_another(project: Path) -> None:

@@ -1,5 +1,6 @@
 """The training loop: schedules, accumulation, clipping, decay, checkpoints, what each parameter does."""
 
+import itertools
 import json
 import math
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import workflow.training
@@ -120,7 +122,7 @@ class Setting:
                 loss=partial(window.loss, device=CPU, causal=False),
                 steps=steps,
                 lr=lr,
-                optimizer=OptimizerParams(**{"accumulate": accumulate, **(optimizer or {})}),
+                optimizer=OptimizerParams(accumulate=accumulate, **(optimizer or {})),
                 device=CPU,
                 dtype=dtype,
                 checkpoints=Checkpoints(self.file),
@@ -195,7 +197,7 @@ def test_loop_follows_the_schedule(setting: Setting, monkeypatch: pytest.MonkeyP
         return optimizer
 
     monkeypatch.setattr(loop, "build_optimizer", watched)
-    params = {"schedule": "cosine", "warmup": 0.25, "final_lr": 0.1}
+    params: dict[str, Any] = {"schedule": "cosine", "warmup": 0.25, "final_lr": 0.1}
     setting.run(optimizer=params, lr=0.02)
     shares = [learning_rate_share(OptimizerParams(**params), step, STEPS) for step in range(STEPS)]
     assert used == pytest.approx([0.02 * share for share in shares])
@@ -351,8 +353,6 @@ def test_fp16_resumes_with_its_loss_scale(setting: Setting, monkeypatch: pytest.
     options: dict[str, Any] = {"dtype": "fp16", "checkpoint_every": 4, "steps": 40}
     with pytest.raises(KeyboardInterrupt):
         setting.run(watcher=Log(interrupt_at=8), **options)
-    from safetensors.torch import safe_open
-
     with safe_open(setting.file, framework="pt") as f:
         facts = json.loads(f.metadata()["facts"])
         kept = {name: f.get_tensor(f"parameter/{name}") for name in before}
@@ -414,7 +414,8 @@ def test_a_checkpoint_that_was_not_finished_is_not_seen(setting: Setting) -> Non
 
 def test_checkpoints_and_loading_ahead_change_nothing(setting: Setting) -> None:
     plain = setting.run()
-    for options in ({"checkpoint_every": 1}, {"prefetch": 1}, {"prefetch": 9}):
+    changes: list[dict[str, Any]] = [{"checkpoint_every": 1}, {"prefetch": 1}, {"prefetch": 9}]
+    for options in changes:
         setting.file.unlink(missing_ok=True)
         weights, losses = setting.run(**options)
         assert losses == plain[1]
@@ -431,24 +432,23 @@ def test_watcher_hears_of_every_step_once(setting: Setting) -> None:
 # --- parameters
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"beta1": 0.5},
-        {"beta2": 0.5},
-        {"eps": 1e-2},
-        {"weight_decay": 0.9},
-        {"grad_clip": 0.01, "eps": 1e-2},
-        {"grad_clip": None, "eps": 1e-2},
-        {"schedule": "constant"},
-        {"schedule": "linear"},
-        {"schedule": "cosine"},
-        {"warmup": 0.5},
-        {"decay": 0.8},
-        {"final_lr": 0.5},
-    ],
-    ids=str,
-)
+OPTIMIZER_CHANGES: list[dict[str, Any]] = [
+    {"beta1": 0.5},
+    {"beta2": 0.5},
+    {"eps": 1e-2},
+    {"weight_decay": 0.9},
+    {"grad_clip": 0.01, "eps": 1e-2},
+    {"grad_clip": None, "eps": 1e-2},
+    {"schedule": "constant"},
+    {"schedule": "linear"},
+    {"schedule": "cosine"},
+    {"warmup": 0.5},
+    {"decay": 0.8},
+    {"final_lr": 0.5},
+]
+
+
+@pytest.mark.parametrize("change", OPTIMIZER_CHANGES, ids=str)
 def test_every_optimizer_parameter_acts(setting: Setting, change: dict[str, Any]) -> None:
     base = {"weight_decay": 0.1, **{key: value for key, value in change.items() if key == "eps" and len(change) > 1}}
     weights, _ = setting.run(optimizer=base)
@@ -458,7 +458,7 @@ def test_every_optimizer_parameter_acts(setting: Setting, change: dict[str, Any]
 
 def test_no_optimizer_parameter_is_left_out() -> None:
     """`accumulate` has tests of its own above."""
-    tried = {"accumulate", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "schedule", "warmup", "decay", "final_lr"}
+    tried = {"accumulate", *itertools.chain(*OPTIMIZER_CHANGES)}
     assert tried == set(OptimizerParams.model_fields)
 
 
@@ -517,7 +517,7 @@ def test_stages_hand_their_parameters_to_the_loop(
 ) -> None:
     seen: list[Run[Batch]] = []
     compilations: list[Window] = []
-    monkeypatch.setattr(workflow.training, "train", lambda run, watcher: seen.append(run) or [])
+    monkeypatch.setattr(workflow.training, "train", lambda run, watcher: seen.append(run))
     monkeypatch.setattr(Window, "compile", lambda self: compilations.append(self))
     params = SimpleNamespace(
         compute=ComputeParams(dtype="bf16", compile=compiled),

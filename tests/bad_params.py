@@ -1,0 +1,244 @@
+"""Params files that must be refused, and what the refusal must say. For tests and for benchmarks/bad_params.py."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+GOOD = """\
+seed: 0
+seq_len: 16
+data: {source: dummy, dummy_documents: 40}
+tokenizer: {type: byte, vocab_size: null}
+model:
+  d_model: 16
+  attention: {type: standard, n_heads: 2}
+  mlp: {hidden: 32}
+objective: {mask_min: 0.15, mask_max: 0.9}
+n_stacks: 2
+stack: {blocks: 1, steps: 20, batch_size: 4, lr: 3.0e-3, init: copy}
+stacks: [{}, {}]
+optimizer: {schedule: wsd, warmup: 0.05, decay: 0.3}
+compute: {dtype: bf16, threads: 1}
+trunk: {}
+joint: {batch_size: 4}
+fine_tune:
+  clm: {steps: 8, batch_size: 4, lr: 1.0e-3}
+evaluate: {samples: 8}
+report: {}
+activations: {}
+checkpoint: {}
+tracking: {enabled: false}
+"""
+GONE = object()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file that is wrong."""
+
+    name: str
+    content: bytes | None
+    """None: there is no file."""
+    says: tuple[str, ...]
+    """Parts of the message, after the name of the file."""
+    problems: int = 1
+
+
+def _edited(changes: dict[str, Any]) -> bytes:
+    """The good file with other values at some dotted paths."""
+    tree = yaml.safe_load(GOOD)
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        node = tree
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        if value is GONE:
+            del node[last]
+        else:
+            node[int(last) if isinstance(node, list) else last] = value
+    return yaml.safe_dump(tree, sort_keys=False).encode()
+
+
+def _wrong(name: str, changes: dict[str, Any], *says: str, problems: int = 1) -> Case:
+    return Case(name, _edited(changes), says, problems)
+
+
+def _raw(name: str, old: str, new: str, *says: str) -> Case:
+    assert old in GOOD
+    return Case(name, GOOD.replace(old, new, 1).encode(), says)
+
+
+CASES = [
+    # --- names
+    _wrong("unknown section", {"optimiser": {}}, "optimiser = {}: no such parameter", "did you mean optimizer?"),
+    _wrong("unknown key", {"stack.learning": 1}, "stack.learning = 1: no such", "the keys here are blocks, steps"),
+    _wrong("misspelt key", {"stack.stesp": 10}, "stack.stesp = 10: no such parameter", "did you mean stack.steps?"),
+    _wrong(
+        "misspelt nested key",
+        {"model.attention.n_head": 2},
+        "model.attention.n_head = 2: no such parameter; did you mean model.attention.n_heads?",
+    ),
+    _wrong(
+        "misspelt key of an override", {"stacks.1.ini": "zero"}, "stacks.1.ini = zero", "did you mean stacks.1.init?"
+    ),
+    _wrong(
+        "misspelt key of a branch",
+        {"fine_tune.clm.step": 3},
+        "fine_tune.clm.step = 3: no such parameter; did you mean fine_tune.clm.steps?",
+    ),
+    _wrong("unknown branch", {"fine_tune.mml": {}}, "fine_tune.mml = {}: no such", "did you mean fine_tune.mlm?"),
+    _wrong("key of another section", {"lr": 0.1}, "lr = 0.1: no such parameter; did you mean stack.lr?"),
+    _wrong("key that is a number", {"3": 1}, "3 = 1: no such parameter; the keys here are seed, seq_len"),
+    # --- what must be there
+    _wrong(
+        "missing section", {"objective": GONE}, "objective: missing; expected a mapping", "`{}` takes every default"
+    ),
+    _wrong("missing value", {"seed": GONE}, "seed: missing; expected an integer from 0 to 4294967295"),
+    _wrong("missing list", {"stacks": GONE}, "stacks: missing; expected a list", "`[]` is an empty one"),
+    _raw("section without content", "trunk: {}", "trunk:", "trunk = null: expected a mapping of keys to values"),
+    _raw("value without content", "seed: 0", "seed:", "seed = null: expected an integer from 0 to 4294967295"),
+    # --- types
+    _wrong("text for an integer", {"seq_len": "long"}, "seq_len = long: expected an integer of at least 2"),
+    _wrong("quoted integer", {"seq_len": "16"}, "seq_len = '16': expected an integer", "write 16"),
+    _wrong("fraction for an integer", {"stack.steps": 2.5}, "stack.steps = 2.5: expected an integer of at least 1"),
+    _wrong("float for an integer", {"stack.steps": 20.0}, "stack.steps = 20.0: expected an integer", "write 20"),
+    _raw(
+        "exponent without a point",
+        "3.0e-3",
+        "1e-4",
+        "stack.lr = 1e-4: expected a number above 0; this is text in YAML, not a number; write 0.0001",
+    ),
+    _wrong(
+        "truth value for an integer", {"fine_tune.clm.steps": True}, "fine_tune.clm.steps = true: expected an integer"
+    ),
+    _wrong("number for a truth value", {"tracking.enabled": 1}, "tracking.enabled = 1: expected true or false"),
+    _wrong("number for a text", {"tracking.experiment": 7}, "tracking.experiment = 7: expected a text"),
+    _wrong("mapping for a list", {"stacks": {"1": {"lr": 0.1}}}, "stacks = {'1': {lr: 0.1}}: expected a list"),
+    _wrong("list for a mapping", {"stack": [1, 2]}, "stack = [1, 2]: expected a mapping of keys to values"),
+    _wrong("number for a mapping", {"joint": 3}, "joint = 3: expected a mapping of keys to values"),
+    _wrong("text for a list", {"evaluate.mask_rates": "0.5"}, "evaluate.mask_rates = '0.5': expected a list"),
+    _raw("not a number", "3.0e-3", ".nan", "stack.lr = .nan: expected a number above 0"),
+    _raw("infinite", "3.0e-3", ".inf", "stack.lr = .inf: expected a number above 0"),
+    # --- ranges and choices
+    _wrong(
+        "wrong choice",
+        {"compute.dtype": "bf61"},
+        "compute.dtype = bf61: expected fp32, bf16 or fp16; did you mean bf16?",
+    ),
+    _wrong("choice of none", {"data.source": 7}, "data.source = 7: expected python-docs, files, hub or dummy"),
+    _wrong(
+        "wrong initialization",
+        {"stacks.1.init": "ones"},
+        "stacks.1.init = ones: expected copy, zero or random, or null",
+    ),
+    _wrong("negative learning rate", {"stack.lr": -0.1}, "stack.lr = -0.1: expected a number above 0"),
+    _wrong("negative seed", {"seed": -1}, "seed = -1: expected an integer from 0 to 4294967295"),
+    _wrong("no stacks", {"n_stacks": 0, "stacks": []}, "n_stacks = 0: expected an integer of at least 1"),
+    _wrong("mask range from zero", {"objective.mask_min": 0}, "objective.mask_min = 0: expected a number in (0, 1]"),
+    _wrong(
+        "mask range above one", {"objective.mask_max": 1.1}, "objective.mask_max = 1.1: expected a number in (0, 1]"
+    ),
+    _wrong("mask rate out of range", {"evaluate.mask_rates": [0.5, 2.0]}, "evaluate.mask_rates.1 = 2.0", "(0, 1]"),
+    _wrong("empty validation", {"data.validation_fraction": 0}, "data.validation_fraction = 0", "a number in (0, 1)"),
+    # --- combinations
+    _wrong(
+        "mask range upside down",
+        {"objective.mask_min": 0.95},
+        "objective.mask_min = 0.95: expected at most objective.mask_max (0.9)",
+    ),
+    _wrong(
+        "mask rates that fall", {"evaluate.mask_rates": [0.5, 0.3]}, "evaluate.mask_rates = [0.5, 0.3]", "greater than"
+    ),
+    _wrong(
+        "heads that do not divide the width",
+        {"model.attention.n_heads": 3},
+        "model.attention.n_heads = 3: expected a divisor of model.d_model (16)",
+    ),
+    _wrong("heads of odd width", {"model.attention.n_heads": 16}, "model.attention.n_heads = 16", "an even width"),
+    _wrong(
+        "key-value heads that do not divide the heads",
+        {"model.attention": {"type": "gqa", "n_heads": 4, "n_kv_heads": 3}},
+        "model.attention.n_kv_heads = 3: expected a divisor of model.attention.n_heads (4)",
+    ),
+    _wrong(
+        "gqa without key-value heads", {"model.attention.type": "gqa"}, "model.attention.n_kv_heads = null: expected"
+    ),
+    _wrong(
+        "key-value heads without gqa",
+        {"model.attention.n_kv_heads": 1},
+        "model.attention.n_kv_heads = 1: has no effect",
+    ),
+    _wrong(
+        "overrides of a stack that does not exist",
+        {"stacks": [{}, {}, {"lr": 0.1}]},
+        "stacks.2 = {lr: 0.1}: overrides a stack that does not exist: n_stacks is 2, the last stack is 1",
+    ),
+    _wrong("first stack as a copy", {"stacks.0.init": "copy"}, "stacks.0.init = copy", "expected random or zero"),
+    _wrong(
+        "batches that micro-batches do not divide",
+        {"optimizer.accumulate": 3, "joint.batch_size": 3, "fine_tune": {}},
+        "stack.batch_size = 4: expected a multiple of optimizer.accumulate (3)",
+    ),
+    _wrong("phases longer than training", {"optimizer.warmup": 0.8}, "optimizer.decay = 0.3: expected at most 0.2"),
+    _wrong("files without a source", {"data.files": ["*.txt"]}, "data.files = ['*.txt']: has no effect with", "dummy"),
+    _wrong("source without files", {"data": {"source": "files"}}, "data.files = null: expected at least one glob"),
+    _wrong("source without a data set", {"data": {"source": "hub"}}, "data.dataset = null: expected the name"),
+    _wrong(
+        "vocabulary too small", {"tokenizer": {"vocab_size": 100}}, "tokenizer.vocab_size = 100: expected at least 258"
+    ),
+    _wrong("vocabulary of bytes", {"tokenizer.vocab_size": 300}, "tokenizer.vocab_size = 300: has no effect", "byte"),
+    _wrong("tokenizer without a name", {"tokenizer.type": "pretrained"}, "tokenizer.name = null: expected a directory"),
+    _wrong("name without a tokenizer", {"tokenizer.name": "gpt2"}, "tokenizer.name = gpt2: has no effect", "byte"),
+    # --- several at once: a bad value hides no problem elsewhere
+    _wrong(
+        "everything at once",
+        {
+            "sed": 1,
+            "seed": "x",
+            "stack.lr": "fast",
+            "model.attention.n_heads": 3,
+            "stacks": [{"init": "copy"}, {}, {"steps": 3}],
+            "evaluate.mask_rates": [2.0],
+            "optimizer.warmup": 0.8,
+            "trunk": None,
+        },
+        "9 problems\n",
+        "sed = 1: no such parameter; did you mean seed?",
+        "seed = x: expected an integer",
+        "stack.lr = fast: expected a number above 0",
+        "model.attention.n_heads = 3: expected a divisor",
+        "stacks.0.init = copy",
+        "stacks.2 = {steps: 3}",
+        "evaluate.mask_rates.0 = 2.0",
+        "optimizer.decay = 0.3",
+        "trunk = null",
+        problems=9,
+    ),
+    # --- not YAML, or not a mapping
+    _raw("bad indentation", "  mlp:", "   mlp:", ", line 8, column 4: not valid YAML"),
+    _raw("tab", "  d_model: 16", "\td_model: 16", ", line 6, column 1: not valid YAML: found character '\\t'"),
+    _raw("open bracket", "stacks: [{}, {}]", "stacks: [{}, {}", "not valid YAML: expected ',' or ']'", "in line 12"),
+    _raw(
+        "open quote",
+        "{source: dummy,",
+        '{source: "dummy,',
+        "not valid YAML: ",
+        "while scanning a quoted scalar that begins in line 3",
+    ),
+    _raw("no space after a colon", "seed: 0\nseq_len: 16", "seed:0\nseq_len: 16", "not valid YAML"),
+    _raw("double key", "n_stacks: 2", "seed: 1\nn_stacks: 2", "not valid YAML: the key seed stands here twice"),
+    _raw("double nested key", "  d_model: 16", "  d_model: 16\n  d_model: 32", "the key d_model stands here twice"),
+    _raw("key that is a list", "seed: 0", "seed: 0\n? [1, 2]\n: 3", "not valid YAML: a key must be a name"),
+    _raw("unknown alias", "trunk: {}", "trunk: *joint", "not valid YAML: found undefined alias 'joint'"),
+    _raw("foreign tag", "seed: 0", "seed: !!python/object:os.system 0", "not valid YAML", "python/object"),
+    Case("two documents", f"{GOOD}---\n{GOOD}".encode(), ("not valid YAML",)),
+    Case("empty", b"", ("is empty; expected a mapping of sections",)),
+    Case("comments only", b"# seed: 0\n", ("is empty; expected a mapping of sections",)),
+    Case("a list", b"- seed\n- data\n", ("holds [seed, data]; expected a mapping of sections",)),
+    Case("a word", b"seed\n", ("holds seed; expected a mapping of sections",)),
+    Case("Latin-1", GOOD.encode() + "# fünf\n".encode("latin-1"), (", line 24: not UTF-8 text; save it as UTF-8",)),
+    Case("UTF-16", GOOD.encode("utf-16"), (", line 1: not UTF-8 text; save it as UTF-8",)),
+    Case("control character", GOOD.encode() + b"\x00", ("not valid YAML",)),
+    Case("no file", None, ("no such file",)),
+]

@@ -1,0 +1,426 @@
+"""What a rack is worth on held-out text, and text from it."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stackwise.config.evaluation import EvaluateParams
+from stackwise.config.model import AttentionParams, MLPParams, ModelParams
+from stackwise.data.tokens import TokenDataset, Tokens, Vocabulary
+from stackwise.inference.evaluation import Evaluator
+from stackwise.inference.sampling import sample_causal, sample_diffusion
+from stackwise.model.init import initialize
+from stackwise.model.rack import Rack, RackShape
+
+CPU = torch.device("cpu")
+VOCAB, SEQ, SAMPLES = 17, 12, 30
+BYTES_PER_TOKEN = 3.5
+MODEL = ModelParams(d_model=16, attention=AttentionParams(n_heads=2), mlp=MLPParams(hidden=24))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Models as small as these lose time to a second thread, most of all beside other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def new_rack(vocab: int = VOCAB) -> Rack:
+    rack = Rack(RackShape(MODEL, (1, 1), vocab))
+    for name, part in (("embeddings", rack.embeddings), ("stacks", rack.stacks), ("head", rack.head)):
+        initialize(part, name=name, seed=0)
+    with torch.no_grad():
+        rack.embeddings.weight.mul_(30)
+    return rack
+
+
+def evaluator(directory: Path, text: np.ndarray, *, vocab: int = VOCAB, seed: int = 0, **params: Any) -> Evaluator:
+    """For a validation split of the given samples; the training split is another text."""
+    seq = text.shape[1]
+    directory.mkdir(exist_ok=True)
+    np.save(directory / "validation.npy", text.reshape(-1).astype(np.uint16))
+    np.save(directory / "train.npy", np.zeros(seq, np.uint16))
+    tokens = Tokens(
+        train=TokenDataset(directory / "train.npy", seq),
+        validation=TokenDataset(directory / "validation.npy", seq),
+        vocabulary=Vocabulary(vocab, 0),
+        counts=np.arange(vocab) * 3,
+        bytes_per_token=BYTES_PER_TOKEN,
+        tokenizer=directory,
+    )
+    return Evaluator(tokens, EvaluateParams(**params), seed=seed, device=CPU, dtype="fp32")
+
+
+@pytest.fixture
+def text() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCAB, (SAMPLES, SEQ))
+
+
+class Predictor(nn.Module):
+    """A rack stub that predicts by rule and remembers what it was given."""
+
+    def __init__(self, vocab: int = VOCAB) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(vocab + 1, 1)
+        self.vocab = vocab
+        self.seen: list[Tensor] = []
+        self.head: Any = nn.Linear(vocab, vocab, bias=False)
+        self.head.weight = nn.Parameter(torch.eye(vocab))
+        self.head.norm = nn.Identity()
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Log-probabilities `[batch, seq, vocab]`."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, *, causal: bool = False) -> Tensor:
+        self.seen.append(tokens.clone())
+        return self.predict(tokens)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self.head(self(tokens))
+        return found
+
+
+class ByPosition(Predictor):
+    """Knows that token `position % vocab` stands at each position."""
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        right = torch.arange(tokens.shape[1]) % self.vocab
+        return (F.one_hot(right, self.vocab) * 50.0).expand(*tokens.shape, -1)
+
+
+class ByMaskCount(Predictor):
+    """Gives token 0 the probability 1 / (1 + share of the sample that is masked), the rest to token 1."""
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        right = 1 / (1 + (tokens == self.vocab).float().mean(dim=1))
+        logits = torch.full((*tokens.shape, self.vocab), -1e9)
+        logits[..., 0], logits[..., 1] = right.log()[:, None], (1 - right).log()[:, None]
+        return logits
+
+
+# --- units and baseline
+
+
+def test_units(tmp_path: Path, text: np.ndarray) -> None:
+    found = evaluator(tmp_path, text).diffusion(new_rack())
+    for figures in (found["nelbo"], *found["masked"].values()):
+        expected = figures["nats_per_token"] / math.log(2) / BYTES_PER_TOKEN
+        assert figures["bits_per_byte"] == pytest.approx(expected)
+        assert figures["nats_per_token"] > 1
+    assert list(found["masked"]) == ["0.15", "0.3", "0.5", "0.7", "0.9"]
+
+
+def test_unigram_counts_training_and_scores_validation(tmp_path: Path, text: np.ndarray) -> None:
+    counts = np.arange(VOCAB) * 3 + 1
+    nats = -np.log(counts / counts.sum())[text]
+    found = evaluator(tmp_path, text).unigram()
+    assert found["nats_per_token"] == pytest.approx(nats.mean())
+    error = nats.mean(axis=1).std(ddof=1) / math.sqrt(SAMPLES) / math.log(2) / BYTES_PER_TOKEN
+    assert found["standard_error_bits_per_byte"] == pytest.approx(error)
+
+
+def test_standard_error_of_one_sample_is_none(tmp_path: Path, text: np.ndarray) -> None:
+    assert evaluator(tmp_path, text[:1]).unigram()["standard_error_bits_per_byte"] == 0.0
+
+
+def test_standard_error_covers_the_truth(tmp_path: Path) -> None:
+    """In 40 sets of data the mean lies within two errors of the truth about as often as it should."""
+    probabilities = np.random.default_rng(1).dirichlet(np.ones(VOCAB))
+    counts = np.arange(VOCAB) * 3 + 1
+    truth = float(-(probabilities * np.log(counts / counts.sum())).sum()) / math.log(2) / BYTES_PER_TOKEN
+    within = 0
+    for seed in range(40):
+        samples = np.random.default_rng(seed).choice(VOCAB, (SAMPLES, SEQ), p=probabilities)
+        found = evaluator(tmp_path, samples).unigram()
+        within += abs(found["bits_per_byte"] - truth) < 2 * found["standard_error_bits_per_byte"]
+    assert 34 <= within <= 40
+
+
+def test_samples_are_spread_over_the_split(tmp_path: Path) -> None:
+    """Five of 30, from the first to the last."""
+    text = np.repeat(np.arange(30)[:, None] % VOCAB, SEQ, axis=1)
+    rack = ByPosition()
+    evaluator(tmp_path, text, samples=5).next_token(rack)  # type: ignore[arg-type]
+    assert rack.seen[0][:, 0].tolist() == [i % VOCAB for i in (0, 7, 14, 22, 29)]
+
+
+# --- diffusion
+
+
+def test_a_model_that_knows_is_right_everywhere(tmp_path: Path) -> None:
+    samples = np.tile(np.arange(SEQ) % VOCAB, (SAMPLES, 1))
+    found = evaluator(tmp_path, samples).diffusion(ByPosition())  # type: ignore[arg-type]
+    assert found["nelbo"]["nats_per_token"] == pytest.approx(0, abs=1e-6)
+    assert [at["accuracy"] for at in found["masked"].values()] == [1.0] * 5
+    wrong = evaluator(tmp_path, samples[:, ::-1]).diffusion(ByPosition())  # type: ignore[arg-type]
+    assert [at["accuracy"] for at in wrong["masked"].values()] == [0.0] * 5
+
+
+def test_every_rate_masks_its_share(tmp_path: Path, text: np.ndarray) -> None:
+    rack = ByPosition()
+    at = evaluator(tmp_path, text, mask_rates=[0.01, 0.5, 1.0], batch_size=7)
+    at.diffusion(rack)  # type: ignore[arg-type]
+    batches = math.ceil(SAMPLES / 7)
+    of_rates = [torch.cat(rack.seen[-batches * (3 - i) :][:batches]) for i in range(3)]
+    for seen, masked in zip(of_rates, (1, 6, 12), strict=True):  # at least one token is masked
+        hidden = seen == VOCAB
+        assert (hidden.sum(dim=1) == masked).all()
+        assert torch.equal(seen[~hidden], torch.from_numpy(text)[~hidden])
+    half = of_rates[1] == VOCAB
+    assert (of_rates[0] == VOCAB)[~half].sum() == 0  # the same order of positions at every rate
+    assert len(torch.unique(half, dim=0)) > 25  # another one for every sample
+
+
+def test_bound_masks_every_number_of_tokens_alike(tmp_path: Path, text: np.ndarray) -> None:
+    rack = ByPosition()
+    evaluator(tmp_path, text, draws=8, mask_rates=[0.5]).diffusion(rack)  # type: ignore[arg-type]
+    hidden = torch.cat(rack.seen[: math.ceil(SAMPLES * 8 / 32)]) == VOCAB
+    counts = torch.bincount(hidden.sum(dim=1), minlength=SEQ + 1)
+    assert counts[0] == 0
+    assert counts[1:].sum() == SAMPLES * 8
+    assert (counts[1:] - SAMPLES * 8 / SEQ).abs().max() <= 2  # a low-discrepancy sequence, not chance
+
+
+def test_bound_is_the_mean_over_the_number_of_masked_tokens(tmp_path: Path) -> None:
+    """A model whose loss depends on how much is masked: its bound has a closed form."""
+    samples = np.zeros((SAMPLES, SEQ), dtype=np.int64)
+    found = evaluator(tmp_path, samples, draws=64).diffusion(ByMaskCount())  # type: ignore[arg-type]
+    expected = np.log(1 + np.arange(1, SEQ + 1) / SEQ).mean()
+    assert found["nelbo"]["nats_per_token"] == pytest.approx(expected, rel=2e-3)
+    assert found["masked"]["0.5"]["nats_per_token"] == pytest.approx(math.log(1.5), rel=1e-5)
+
+
+def test_bound_is_a_bound(tmp_path: Path) -> None:
+    """Over all texts there are, the likelihoods that it promises cannot add up to more than one."""
+    vocab, seq = 3, 3
+    everything = np.array(list(itertools.product(range(vocab), repeat=seq)))
+    at = evaluator(tmp_path, everything, vocab=vocab, draws=300, batch_size=500, mask_rates=[1.0])
+    rack, bounds = new_rack(vocab), []
+    for i, one in enumerate(everything):
+        alone = evaluator(tmp_path / str(i), one[None], vocab=vocab, draws=60, batch_size=60, mask_rates=[1.0])
+        bounds.append(alone.diffusion(rack)["nelbo"]["nats_per_token"] * seq)
+    total = np.exp(-np.array(bounds)).sum()
+    assert 0.3 < total <= 1.0
+    together = at.diffusion(rack)["nelbo"]["nats_per_token"] * seq
+    assert together == pytest.approx(np.mean(bounds), rel=0.03)
+
+
+def test_masked_loss_is_that_of_the_masked_logits(tmp_path: Path, text: np.ndarray) -> None:
+    rack = new_rack()
+    spy = ByPosition()
+    at = evaluator(tmp_path, text, mask_rates=[0.3], batch_size=SAMPLES)
+    at.diffusion(spy)  # type: ignore[arg-type]
+    inputs = spy.seen[-1]
+    with torch.no_grad():
+        logits = rack.logits(inputs)
+    hidden, truth = inputs == VOCAB, torch.from_numpy(text)
+    nats = F.cross_entropy(logits[hidden], truth[hidden])
+    found = at.diffusion(rack)["masked"]["0.3"]
+    assert found["nats_per_token"] == pytest.approx(float(nats), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(float((logits[hidden].argmax(-1) == truth[hidden]).float().mean()))
+
+
+def test_figures_depend_on_seed_alone(tmp_path: Path, text: np.ndarray) -> None:
+    rack = new_rack()
+    at = evaluator(tmp_path, text)
+    found = at.diffusion(rack)
+    assert at.diffusion(rack) == found
+    other_batches = evaluator(tmp_path, text, batch_size=7).diffusion(rack)
+    assert other_batches["nelbo"]["nats_per_token"] == pytest.approx(found["nelbo"]["nats_per_token"], rel=1e-5)
+    other_masks = evaluator(tmp_path, text, seed=1).diffusion(rack)
+    assert other_masks["nelbo"]["nats_per_token"] != found["nelbo"]["nats_per_token"]
+    at_bf16 = Evaluator(at.tokens, at.params, seed=0, device=CPU, dtype="bf16").diffusion(rack)
+    assert at_bf16["nelbo"]["nats_per_token"] == pytest.approx(found["nelbo"]["nats_per_token"], rel=2e-2)
+    assert at_bf16 != found
+
+
+# --- next token
+
+
+def test_next_token_loss_is_that_of_the_causal_logits(tmp_path: Path, text: np.ndarray) -> None:
+    rack = new_rack()
+    found = evaluator(tmp_path, text, batch_size=8).next_token(rack)
+    tokens = torch.from_numpy(text)
+    with torch.no_grad():
+        logits = rack.logits(tokens, causal=True)[:, :-1]
+    nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert found["nats_per_token"] == pytest.approx(float(nats), rel=1e-5)
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == tokens[:, 1:]).float().mean()))
+    assert found["bits_per_byte"] == pytest.approx(float(nats) / math.log(2) / BYTES_PER_TOKEN, rel=1e-5)
+
+
+# --- samplers
+
+
+def chi_square(counts: Any, probabilities: Any) -> float:
+    counts, probabilities = np.asarray(counts, float), np.asarray(probabilities, float)
+    expected = counts.sum() * probabilities
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 40])
+def test_diffusion_sampler_leaves_no_mask_and_repeats_itself(steps: int) -> None:
+    rack = new_rack()
+    options: dict[str, Any] = {"n": 3, "seq": SEQ, "steps": steps, "temperature": 0.8, "mask_id": VOCAB}
+    first = sample_diffusion(rack, generator=generator(), **options)
+    assert first.shape == (3, SEQ)
+    assert first.dtype == torch.int64
+    assert 0 <= int(first.min()) <= int(first.max()) < VOCAB
+    torch.manual_seed(99)  # the global generator has no part in it
+    assert torch.equal(sample_diffusion(rack, generator=generator(), **options), first)
+    assert not torch.equal(sample_diffusion(rack, generator=generator(1), **options), first)
+
+
+class Unigram(Predictor):
+    """Predicts one distribution, whatever it sees."""
+
+    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4])
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        return self.probabilities.log().expand(*tokens.shape, -1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_diffusion_sampler_draws_from_the_prediction(temperature: float) -> None:
+    drawn = sample_diffusion(
+        Unigram(),  # type: ignore[arg-type]
+        n=500,
+        seq=20,
+        steps=6,
+        temperature=temperature,
+        mask_id=4,
+        generator=generator(),
+    )
+    sharpened = Unigram.probabilities ** (1 / temperature)
+    counts = torch.bincount(drawn.flatten(), minlength=4)
+    assert chi_square(counts, sharpened / sharpened.sum()) < 16.3  # 3 degrees of freedom, p = 0.001
+    per_position = torch.stack([torch.bincount(column, minlength=4) for column in drawn.T])
+    assert max(chi_square(c, sharpened / sharpened.sum()) for c in per_position) < 21.1  # p = 0.0001
+
+
+def test_diffusion_sampler_reveals_at_equal_pace_and_for_good() -> None:
+    rack, n, seq, steps = Unigram(), 400, 20, 8
+    options: dict[str, Any] = {"n": n, "seq": seq, "steps": steps, "temperature": 1.0, "mask_id": 4}
+    last = sample_diffusion(rack, generator=generator(), **options)  # type: ignore[arg-type]
+    states = [*rack.seen, last]
+    assert len(rack.seen) == steps
+    for step, state in enumerate(states):
+        share = 1 - step / steps
+        error = math.sqrt(share * (1 - share) / (n * seq))
+        assert abs(float((state == 4).float().mean()) - share) <= 4 * error
+    for before, after in itertools.pairwise(states):
+        revealed = before != 4
+        assert torch.equal(after[revealed], before[revealed])
+
+
+class Pair(Predictor):
+    """Exact conditionals of two tokens that depend on each other."""
+
+    joint = torch.tensor([[0.45, 0.05], [0.1, 0.4]])
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        logits = torch.empty(*tokens.shape, 2)
+        for position, joint in ((0, self.joint), (1, self.joint.T)):
+            # rows: what stands at the other position; the last row is for the mask
+            table = torch.cat([joint.T / joint.sum(0)[:, None], joint.sum(1)[None]])
+            logits[:, position] = table.log()[tokens[:, 1 - position]]
+        return logits
+
+
+@pytest.mark.parametrize("steps", [1, 2, 16])
+def test_diffusion_sampler_has_the_right_joint_distribution(steps: int) -> None:
+    """Two tokens are revealed in the same step, and then independently, in one of `steps` cases."""
+    drawn = sample_diffusion(
+        Pair(),  # type: ignore[arg-type]
+        n=20000,
+        seq=2,
+        steps=steps,
+        temperature=1.0,
+        mask_id=2,
+        generator=generator(),
+    )
+    counts = torch.bincount(drawn[:, 0] * 2 + drawn[:, 1], minlength=4)
+    independent = torch.outer(Pair.joint.sum(1), Pair.joint.sum(0))
+    expected = (1 - 1 / steps) * Pair.joint + independent / steps
+    assert chi_square(counts, expected.flatten()) < 16.3
+    if steps > 1:
+        assert chi_square(counts, independent.flatten()) > 1000
+
+
+class Chain(Predictor):
+    """The next token depends on the latest one."""
+
+    transitions = torch.tensor([[0.1, 0.6, 0.3], [0.3, 0.2, 0.5], [0.7, 0.2, 0.1]])
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.causal: list[bool] = []
+
+    def forward(self, tokens: Tensor, *, causal: bool = False) -> Tensor:
+        self.causal.append(causal)
+        return super().forward(tokens)
+
+    def predict(self, tokens: Tensor) -> Tensor:
+        return self.transitions.log()[tokens]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_causal_sampler_follows_the_chain(temperature: float) -> None:
+    rack = Chain()
+    drawn = sample_causal(
+        rack,  # type: ignore[arg-type]
+        n=800,
+        seq=9,
+        temperature=temperature,
+        first=2,
+        generator=generator(),
+    )
+    assert all(rack.causal)
+    assert drawn.shape == (800, 8)
+    whole = torch.cat([torch.full((800, 1), 2), drawn], dim=1)
+    sharpened = Chain.transitions ** (1 / temperature)
+    sharpened /= sharpened.sum(1, keepdim=True)
+    for state in range(3):
+        counts = torch.bincount(whole[:, 1:][whole[:, :-1] == state], minlength=3)
+        assert chi_square(counts, sharpened[state]) < 13.8  # 2 degrees of freedom, p = 0.001
+    starts = torch.bincount(drawn[:, 0], minlength=3)
+    assert chi_square(starts, sharpened[2]) < 13.8
+
+
+def test_causal_sampler_repeats_itself() -> None:
+    rack = new_rack()
+    options: dict[str, Any] = {"n": 3, "seq": SEQ, "temperature": 0.8, "first": 0}
+    first = sample_causal(rack, generator=generator(), **options)
+    assert first.shape == (3, SEQ - 1)
+    assert int(first.max()) < VOCAB
+    assert torch.equal(sample_causal(rack, generator=generator(), **options), first)
+    assert not torch.equal(sample_causal(rack, generator=generator(1), **options), first)
+
+
+def test_causal_sampler_takes_the_likeliest_when_cold() -> None:
+    rack = new_rack()
+    drawn = sample_causal(rack, n=1, seq=SEQ, temperature=1e-4, first=3, generator=generator())
+    whole = torch.cat([torch.tensor([[3]]), drawn], dim=1)
+    with torch.no_grad():
+        assert torch.equal(rack.logits(whole, causal=True)[:, :-1].argmax(-1), drawn)
