@@ -16,11 +16,15 @@ from workflow.stages import table
 from workflow.sync import sync
 
 # DVC's commands say `python`: the one that runs Snakemake.
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+os.environ["PATH"] = os.pathsep.join(
+    [str(Path(sys.executable).parent), os.environ["PATH"]]
+)
 
 try:
     if config:
-        raise UserError(f"--config {' '.join(config)}: change params.yaml instead, which DVC watches too")
+        raise UserError(
+            f"--config {' '.join(config)}: change params.yaml instead, which DVC watches too"
+        )
     STAGES = table(load("params.yaml"))
     if workflow.is_main_process:  # not again in the jobs that a cluster runs
         sync(STAGES)
@@ -28,7 +32,11 @@ except UserError as error:
     sys.exit(f"error: {error}")
 
 STAGE = {stage.name: stage for stage in STAGES}
-MAKER = {path: stage for stage in STAGES for path in (*stage.outputs, *stage.metrics, *stage.plots)}
+MAKER = {
+    path: stage
+    for stage in STAGES
+    for path in (*stage.outputs, *stage.metrics, *stage.plots)
+}
 
 
 def receipts(*names):
@@ -55,12 +63,34 @@ if REPORTING:
     stage_costs(latest_costs(STAGES), Path(".stackwise/costs.svg"))
 
     rule figures:
+        input:
+            ancient(receipts("report")),
         output:
-            report("artifacts/report/losses.svg", caption="workflow/report/losses.rst", category="Training"),
-            report("artifacts/report/depth.svg", caption="workflow/report/depth.rst", category="Quality"),
-            report("artifacts/report/masked_nll.svg", caption="workflow/report/masked_nll.rst", category="Quality"),
-            report("artifacts/report/samples.html", caption="workflow/report/samples.rst", category="Samples"),
-            report(".stackwise/costs.svg", caption="workflow/report/costs.rst", category="Costs"),
+            report(
+                "artifacts/report/losses.svg",
+                caption="workflow/report/losses.rst",
+                category="Training",
+            ),
+            report(
+                "artifacts/report/depth.svg",
+                caption="workflow/report/depth.rst",
+                category="Quality",
+            ),
+            report(
+                "artifacts/report/masked_nll.svg",
+                caption="workflow/report/masked_nll.rst",
+                category="Quality",
+            ),
+            report(
+                "artifacts/report/samples.html",
+                caption="workflow/report/samples.rst",
+                category="Samples",
+            ),
+            report(
+                ".stackwise/costs.svg",
+                caption="workflow/report/costs.rst",
+                category="Costs",
+            ),
 
 
 rule all:

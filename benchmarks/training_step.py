@@ -1,8 +1,8 @@
 """What a stack's training step from cached activations costs, against the end-to-end step of the same rack.
 
-Both sides are the real thing: `training.loop.train` on a window, with batches that a thread reads ahead. The stack reads
-its boundary from an activation store, its checksums verified; the rack reads tokens. Batch, block size, vocabulary and
-objective are the same. Run it on an idle machine:
+Both sides are the real thing: `training.loop.train` on a window, with batches that a thread reads ahead. The stack
+reads its boundary from an activation store, its checksums verified; the rack reads tokens. Batch, block size,
+vocabulary and objective are the same. Run it on an idle machine:
 
     python -m benchmarks.training_step --check
 

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-EMBEDDING_STD = 0.02
+EMBEDDING_STD = 0.005
 
 
 def initialize(module: nn.Module, *, name: str, seed: int) -> None:

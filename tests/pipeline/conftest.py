@@ -30,7 +30,7 @@ SOURCES = (
 )
 TINY: dict[str, Any] = {
     "seq_len": 16,
-    "data": {"source": "dummy", "dummy_documents": 40},
+    "data": {"source": "dummy", "dummy_documents": 12},
     "tokenizer": {"type": "byte", "vocab_size": None},
     "model": {"d_model": 16, "attention": {"n_heads": 2}, "mlp": {"hidden": 32}},
     "n_stacks": 2,
@@ -73,6 +73,8 @@ class Held:
         if everything:
             os.killpg(self.engine.pid, signal.SIGKILL)
         assert self.engine.wait() != 0
+        while everything and _is_there(self.engine.pid):  # the dead, too, until the system has cleared them away
+            time.sleep(0.02)
 
     def go_on(self) -> None:
         """Let them finish."""
@@ -201,6 +203,14 @@ class Project:
             for path in paths
             if path.name != ".gitignore"  # DVC's
         }
+
+
+def _is_there(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from stackwise.config.params import load, view
+from workflow.stage import resolve
+from workflow.stages import ALL, table
+
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
 
@@ -25,7 +29,7 @@ CORPUS = TOKENS | {"corpus"}
 
 CHANGES: list[tuple[str, Any, set[str]]] = [
     ("seed", 1, CORPUS),
-    ("data.dummy_documents", 41, CORPUS),
+    ("data.dummy_documents", 13, CORPUS),
     ("tokenizer.type", "char", TOKENS),
     ("seq_len", 32, STACK_0),
     ("model.mlp.hidden", 48, STACK_0),
@@ -45,19 +49,37 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("checkpoint.every", 6, CHECK),
     ("activations.budget_gb", 49.0, CHECK),
     ("stacks", [{}, {}, {}], CHECK),
+    ("stacks", [{}], STACK_1),
 ]
 
 
 def test_a_changed_parameter_plans_what_depends_on_it(project: "Project") -> None:
     original = project.params.read_text()
-    planned = {}
+    planned = []
     for key, value, _ in CHANGES:
         project.set_param(key, value)
-        planned[key] = project.planned()
+        planned.append((key, value, project.planned()))
         project.params.write_text(original)
-    assert planned == {key: expected for key, _, expected in CHANGES}
+    assert planned == CHANGES
     assert project.planned() == set()
     assert project.ran() == []
+
+
+def test_an_artifact_depends_on_what_its_stage_declares_alone(project: "Project") -> None:
+    """Or else what a pipeline makes would depend on its history: on what was in params.yaml when a stage last ran."""
+
+    def views() -> dict[str, Any]:
+        params = load(project.params)
+        stages = {stage.name: stage for stage in table(params)}
+        return {name: resolve(view(params, stage.params)) for name, stage in stages.items() if ALL not in stage.params}
+
+    original, before = project.params.read_text(), views()
+    for key, value, expected in CHANGES:
+        project.set_param(key, value)
+        after = views()
+        kept = before.keys() & after.keys() - expected
+        assert {name: after[name] for name in kept} == {name: before[name] for name in kept}, key
+        project.params.write_text(original)
 
 
 def test_changed_put_back_and_checked_out(project: "Project") -> None:

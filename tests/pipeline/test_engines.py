@@ -55,8 +55,8 @@ def test_independent_branches_run_at_the_same_time(project: "Project") -> None:
     with project.held("snakemake", "--cores", "2", *branches, at=at) as both:
         both.go_on()
     assert project.ran() == branches
-    records = [record for record in project.records()[-2:] if record[0]["stage"] in branches]
-    (_, first_end), (second_start, _) = sorted((record[0]["time"], record[-1]["time"]) for record in records)
+    times = sorted((record[0]["time"], record[-1]["time"]) for record in project.records()[-2:])
+    (_, first_end), (second_start, _) = times
     assert second_start < first_end
 
 
