@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.loader import Line, take_turns
+from stackwise.cache.batches import BoundaryBatches
 from stackwise.cache.boundary import BoundaryReader
 from stackwise.cache.store import ActivationStore, StoreLayout, rows_per_shard
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
@@ -40,7 +41,7 @@ from stackwise.config.objective import ObjectiveParams
 from stackwise.config.training import OptimizerParams
 from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import TokenDataset
-from stackwise.growth.batches import BoundaryBatches, TokenBatches
+from stackwise.growth.batches import TokenBatches
 from stackwise.growth.window import Batch, Window
 from stackwise.model.init import initialize
 from stackwise.model.rack import Head, Rack, RackShape

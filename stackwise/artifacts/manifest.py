@@ -1,7 +1,8 @@
 """Artifacts: a directory with a `manifest.json`, written last, published by one rename, verified by every reader.
 
 The manifest holds what was made of what: digests of the files, the resolved parameters, the digests of the inputs.
-It holds nothing that differs between two equal runs, so its own digest is the artifact's identity.
+It holds nothing that differs between two equal runs, so its own digest is the artifact's identity. It ends up holding a
+digest of its content too, so that damage to itself is found.
 """
 
 import hashlib
@@ -74,6 +75,8 @@ def publish(
                 if f.is_file()
             },
         }
+        manifest = json.loads(json.dumps(manifest))  # as its readers see it
+        manifest["digest"] = digest_json(manifest)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         for file in filter(Path.is_file, partial.rglob("*")):
             with file.open("rb") as f:
@@ -92,16 +95,21 @@ def read(path: Path, kind: str) -> Artifact:
         UserError: it is missing, incomplete, damaged, of another kind or of another format version.
     """
     manifest_path = path / MANIFEST
+    # Damage that leaves a file's size and time as they were escapes DVC, so it has to go first.
+    remedy = f"run `rm -r {path}`, then `dvc repro` or `snakemake`, which remake it"
     try:
         raw = manifest_path.read_bytes()
         manifest = json.loads(raw)
+        intact = manifest.pop("digest") == digest_json(manifest)
         found = (manifest["format"], manifest["kind"])
         files = {path / name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         artifact = Artifact(path, kind, hashlib.sha256(raw).hexdigest(), manifest["facts"], manifest["inputs"])
     except FileNotFoundError:
         raise UserError(f"{manifest_path}: missing, so this is no complete {kind}; {REMEDY}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{manifest_path}: damaged (not a manifest); {REMEDY}") from None
+        raise UserError(f"{manifest_path}: damaged (not a manifest); {remedy}") from None
+    if not intact:
+        raise UserError(f"{manifest_path}: damaged (its content does not match its own digest); {remedy}")
     if found != (FORMAT, kind):
         expected = f"format {FORMAT} of kind {kind}"
         raise UserError(f"{manifest_path}: format {found[0]} of kind {found[1]}, expected {expected}; {REMEDY}")
@@ -109,11 +117,11 @@ def read(path: Path, kind: str) -> Artifact:
         try:
             actual = file.stat().st_size
             if actual != size:
-                raise UserError(f"{file}: damaged ({actual} bytes, its manifest says {size}); {REMEDY}")
+                raise UserError(f"{file}: damaged ({actual} bytes, its manifest says {size}); {remedy}")
             if digest_file(file) != digest:
-                raise UserError(f"{file}: damaged (its content does not match its manifest); {REMEDY}")
+                raise UserError(f"{file}: damaged (its content does not match its manifest); {remedy}")
         except OSError as error:
-            raise UserError(f"{file}: missing or unreadable ({error.strerror}); {REMEDY}") from None
+            raise UserError(f"{file}: missing or unreadable ({error.strerror}); {remedy}") from None
     return artifact
 
 

@@ -17,6 +17,7 @@ from stackwise.artifacts import manifest
 from stackwise.artifacts.manifest import Artifact
 from stackwise.cache import boundary as boundary_module
 from stackwise.cache import budget
+from stackwise.cache.batches import BoundaryBatches
 from stackwise.cache.boundary import Boundaries, BoundaryReader, Source, check_identity
 from stackwise.cache.store import ActivationStore
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
@@ -26,7 +27,7 @@ from stackwise.config.training import StackParams
 from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import Tokens, open_tokens
 from stackwise.errors import UserError
-from stackwise.growth.batches import BoundaryBatches, TokenBatches
+from stackwise.growth.batches import TokenBatches
 from stackwise.growth.racks import load_rack, save_rack
 from stackwise.growth.stacks import TrainedStack, fuse, new_window, save_stack
 from stackwise.growth.window import Batch, Window

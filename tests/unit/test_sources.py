@@ -1,8 +1,8 @@
 """E11: what a script imports, and what it reads of params.yaml, is what the table of stages declares for it."""
 
 import ast
-import os
-import subprocess
+import re
+import runpy
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -16,7 +16,7 @@ from workflow.stages import ALL, NEUTRAL, Stage, table
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(p.stem for p in (ROOT / "workflow/scripts").glob("*.py"))
-PARAMS_MODULE = "stackwise/config/params.py"
+PUBLISHING = "stackwise/artifacts/manifest.py"
 
 
 def full_table() -> list[Stage]:
@@ -55,8 +55,9 @@ def is_within(file: str, sources: Iterable[str]) -> bool:
 
 def closure(script: str) -> set[str]:
     """Every source that a script reaches by imports without passing through a neutral one; packages are left out."""
-    found: set[str] = set()
-    waiting = [script]
+    # Publishing goes through a neutral module, but gives every artifact its form.
+    found = {PUBLISHING} if ".publish(" in (ROOT / script).read_text() else set()
+    waiting = [script, *found]
     while waiting:
         for file in imports(ROOT / waiting.pop()):
             if file not in found and not is_within(file, NEUTRAL) and Path(file).name != "__init__.py":
@@ -111,3 +112,70 @@ def test_a_superfluous_declaration_is_found() -> None:
     stage = next(stage for stage in full_table() if stage.script == "quantize_trunk")
     more = replace(stage, sources=(*stage.sources, "stackwise/inference"))
     assert any("no use of stackwise/inference" in line for line in wrongly_declared([more])[stage.path])
+
+
+def test_packages_hold_nothing_but_their_docstring() -> None:
+    """So nothing is lost when they are left out of the closure."""
+    for room in ("stackwise", "workflow"):
+        for path in (ROOT / room).rglob("__init__.py"):
+            body = ast.parse(path.read_bytes()).body
+            assert len(body) == 1, path
+            assert isinstance(body[0], ast.Expr), path
+
+
+def test_the_library_knows_nothing_of_the_pipeline() -> None:
+    for path in (ROOT / "stackwise").rglob("*.py"):
+        assert not [file for file in imports(path) if file.startswith("workflow/")], path
+
+
+# --- parameters
+
+
+def sections_read(script: str) -> set[str]:
+    """The sections of params.yaml that a script reads, itself or in a module that it hands all its parameters to."""
+    known = {*Params.model_fields, "stack_params"}
+    found = set()
+    for file in {script, *closure(script)}:
+        tree = ast.parse((ROOT / file).read_bytes())
+        names = {alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
+        if names & {"Params", "StageRun"}:
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute) and node.attr in known and _is_params(node.value):
+                    found.add(node.attr)
+    return found | {"stack", "stacks"} - {"stack_params"} if "stack_params" in found else found
+
+
+def _is_params(node: ast.expr) -> bool:
+    """Whether an expression is called `params`, be it as an attribute."""
+    return getattr(node, "id", getattr(node, "attr", "")) == "params"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_read_the_sections_that_are_declared(script: str) -> None:
+    mine = [stage for stage in full_table() if stage.script == script]
+    declared = {key.split(".")[0] for stage in mine for key in stage.params}
+    if declared == {ALL}:
+        return
+    assert sections_read(f"workflow/scripts/{script}.py") - set(UNTRACKED) == declared
+
+
+# --- scripts
+
+
+def test_every_script_is_in_the_table() -> None:
+    assert sorted({stage.script for stage in full_table()}) == SCRIPTS
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It tells what the stage does, and of every argument that the table gives to it."""
+    path = ROOT / f"workflow/scripts/{script}.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert str(ast.get_docstring(ast.parse(path.read_bytes()))) in said
+    flags = {flag for stage in full_table() if stage.script == script for flag in stage.arguments}
+    assert all(re.search(rf"^  --{flag} .*\w", said, re.MULTILINE) for flag in flags), said

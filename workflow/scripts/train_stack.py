@@ -13,12 +13,13 @@ from workflow.stage import StageRun, check_params, run_stage
 if __name__ == "__main__":
     check_params()  # before the imports that take seconds
 
+from stackwise.cache.batches import BoundaryBatches
 from stackwise.cache.boundary import KIND as BOUNDARY
 from stackwise.cache.boundary import Boundaries, Source, check_identity
 from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
-from stackwise.growth.batches import BoundaryBatches, TokenBatches
+from stackwise.growth.batches import TokenBatches
 from stackwise.growth.stacks import KIND, TrainedStack, new_window, save_stack
 from stackwise.growth.window import Batch
 from stackwise.model.rack import RackShape
