@@ -163,6 +163,11 @@ def run_stage(
         work: does the stage's work.
     """
     parser = _params_argument(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--defaults",
+        nargs="+",
+        help="keys that the params file leaves to their defaults; for DVC, which watches this line",
+    )
     declare(parser)
     arguments = parser.parse_args()
     with _explained_errors():

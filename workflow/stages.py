@@ -49,7 +49,8 @@ BOUNDARIES = (
     *(f"stackwise/cache/{name}.py" for name in ("boundary", "budget", "store")),
 )
 TRAINING = (
-    *(*BOUNDARIES, *RACKS, "stackwise/data/order.py", "stackwise/growth/batches.py"),
+    *(*RACKS, *OBJECTIVES, *TOKENS, *DEVICE, "stackwise/config/training.py", "stackwise/precision/dtypes.py"),
+    *("stackwise/data/order.py", "stackwise/growth/batches.py", "stackwise/growth/window.py"),
     *("stackwise/cache/loader.py", "stackwise/training", "workflow/training.py"),
 )
 EVALUATION = (
@@ -106,8 +107,9 @@ class Stage:
 
     @property
     def command(self) -> str:
-        """What DVC runs."""
-        return " ".join(("python", self.path, *(f"--{flag} {_words(value)}" for flag, value in self.arguments.items())))
+        """What DVC runs. It names the keys that are absent, or DVC would not notice that one has been taken away."""
+        arguments = self.arguments | ({"defaults": sorted(self.defaulted)} if self.defaulted else {})
+        return " ".join(("python", self.path, *(f"--{flag} {_words(value)}" for flag, value in arguments.items())))
 
     @property
     def dependencies(self) -> list[str]:
@@ -145,6 +147,8 @@ def _is_default(params: Params, key: str) -> bool:
     node: Any = params
     for name in key.split(".") if key != ALL else ():
         if isinstance(node, list):
+            if int(name) >= len(node):
+                return True
             node = node[int(name)]
         elif name not in node.model_fields_set:
             return True
@@ -234,10 +238,10 @@ def _stack_stages(params: Params) -> Iterator[Stage]:
             params=(
                 *("seed", "seq_len", "model", "objective", "stack", "optimizer"),
                 *(*DETERMINISM, "compute.dtype", "compute.threads", "compute.compile"),
-                *((f"stacks.{k}",) if k < len(params.stacks) else ()),
+                f"stacks.{k}",
                 *(("trunk.activations",) if k else ()),
             ),
-            sources=TRAINING,
+            sources=(*BOUNDARIES, *TRAINING, "stackwise/cache/batches.py"),
             threads=threads,
             resources={"mem_mb": estimate.training_mb(stack.blocks, stack.batch_size), "gpu": estimate.gpu()},
         )

@@ -139,15 +139,14 @@ def view(params: Params, keys: Iterable[str]) -> Params:
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = None
-    if "stack" in tree:
-        tree.setdefault("stacks", {})  # of a stack without an entry
     return _restrict(params, tree)
 
 
 def _restrict(value: Any, tree: Mapping[str, Any]) -> Any:
-    if isinstance(value, list):  # of overrides: those that are not declared read as no difference, or are not there
-        last = max(map(int, tree), default=-1)
-        return [item if str(k) in tree else type(item)() for k, item in enumerate(value[: last + 1])]
+    if isinstance(value, list):  # of overrides: those that are not declared, or not there, read as no difference
+        return [
+            value[k] if str(k) in tree and k < len(value) else StackOverrides() for k in range(1 + max(map(int, tree)))
+        ]
     kept = {k: getattr(value, k) if sub is None else _restrict(getattr(value, k), sub) for k, sub in tree.items()}
     part = type(value).model_construct(_fields_set=set(kept), **kept)
     for name in set(part.__dict__) - set(kept):  # defaults that model_construct has filled in

@@ -35,6 +35,7 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("model.mlp.hidden", 48, STACK_0),
     ("objective.mask_max", 0.8, STACK_0),
     ("optimizer.weight_decay", 0.2, STACK_0),
+    ("compute.dtype", "fp32", STACK_0),
     ("stack.lr", 2.0e-3, STACK_0),
     ("stacks.0", {"lr": 2.0e-3}, STACK_0),
     ("stacks.1", {"lr": 2.0e-3}, STACK_1),
@@ -49,7 +50,8 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("checkpoint.every", 6, CHECK),
     ("activations.budget_gb", 49.0, CHECK),
     ("stacks", [{}, {}, {}], CHECK),
-    ("stacks", [{}], STACK_1),
+    ("stacks", [{}], STACK_1),  # an entry less, and a key less: DVC by itself would not notice
+    ("compute", {"dtype": "bf16", "branch_threads": 1}, STACK_0),
 ]
 
 

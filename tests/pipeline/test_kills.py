@@ -1,5 +1,6 @@
 """kill -9 in the middle: nothing half-written is taken for valid, and the next run ends as if nothing had happened."""
 
+import json
 import os
 import random
 from collections import Counter
@@ -8,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from stackwise.artifacts.manifest import MANIFEST
+from stackwise.artifacts.manifest import MANIFEST, read
+from stackwise.config.params import load
+from workflow.stages import table
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Point, Project
@@ -79,6 +82,7 @@ def test_killed_in_every_kind_of_stage(
     for stage, point, everything in planned:
         with project.held(*command, at={stage: point}) as held:
             held.kill(everything=everything)
+        verify_all(project)
         assert stage in project.changed()
     project.engine(engine)
 
@@ -104,6 +108,14 @@ def test_killed_in_every_kind_of_stage(
         assert resumed == ([None, checkpoint, last] if (engine, k) == ("dvc", 1) else [None, checkpoint])
         log = (project.root / f"logs/train_stack_{k}.log").read_text()
         assert f"resumed from step {checkpoint} of {TRAIN_STEPS}" in log
+
+
+def verify_all(project: "Project") -> None:
+    """Whatever stands where an artifact should be is a whole one."""
+    for stage in table(load(project.params)):
+        for path in map(project.root.joinpath, stage.outputs):
+            if path.exists():
+                read(path, kind=json.loads((path / MANIFEST).read_text())["kind"])
 
 
 def resumed_from(record: list[dict[str, Any]]) -> int | None:

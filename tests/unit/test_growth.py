@@ -517,6 +517,17 @@ def test_size_of_shards_changes_no_row(place: Place, shard_mb: int) -> None:
     assert len(shards_of(place.store(1))) < 3
 
 
+@pytest.mark.parametrize(("seq", "d_model", "batch"), [(60, 64, 32), (1000, 192, 16), (4096, 1024, 1), (3, 4, 32)])
+def test_shards_hold_whole_batches(place: Place, seq: int, d_model: int, batch: int) -> None:
+    """Then a row is computed among the same others whatever the size of a shard: its bits may depend on that."""
+    for shard_mb in (1, 2, 3, 100):
+        identity = {**place.source().identity(1), "rows": 10_000, "seq": seq, "d_model": d_model}
+        layout = place.boundaries(activations__shard_mb=shard_mb)._layout(identity)
+        assert layout.shard_rows % batch == 0
+        row_bytes = seq * d_model * 2
+        assert layout.shard_rows == batch or layout.shard_rows * row_bytes <= shard_mb * 2**20
+
+
 def test_training_goes_on_over_a_boundary_made_in_the_same_process(
     place: Place, stacks: list[TrainedStack], tokens: Tokens
 ) -> None:

@@ -270,7 +270,10 @@ def test_cross_entropy_under_autocast(dtype: torch.dtype, tolerance: float) -> N
     x.grad = weight.grad = None
     expected = reference(x, weight, tokens, weights)
     expected.backward()
+    rounded = (x.to(dtype) @ weight.to(dtype).T).double()  # nothing but the product is rounded
+    of_rounded = (weights * F.cross_entropy(rounded, tokens, reduction="none")).sum()
     assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), of_rounded, rtol=1e-5, atol=0)
     torch.testing.assert_close(found.double(), expected, rtol=tolerance / 20, atol=0)
     for grad, tensor in zip(grads, (x, weight), strict=True):
         assert grad is not None

@@ -230,6 +230,23 @@ def test_a_bad_file_stops_a_command(project: Path, name: str, command: tuple[str
     assert project_files(project) == before
 
 
+def test_scripts_check_before_their_slow_imports(project: Path) -> None:
+    put(BY_NAME["misspelt key"], project)
+    program = """
+import runpy, sys
+from pathlib import Path
+for path in sorted(Path("workflow/scripts").glob("*.py")):
+    sys.argv = [str(path)]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as stop:
+        print(path.stem, stop.code, *sorted({"torch", "datasets", "tokenizers", "transformers"} & set(sys.modules)))
+"""
+    done = call(project, "python", "-c", program)
+    names = sorted(path.stem for path in (ROOT / "workflow/scripts").glob("*.py"))
+    assert done.stdout.splitlines() == [f"{name} 1" for name in names]
+
+
 @pytest.mark.parametrize("name", ["everything at once", "misspelt key", "no file", "empty", "double key", "Latin-1"])
 def test_a_bad_file_stops_dvc(project: Path, name: str) -> None:
     """DVC reads the file before any script does: it explains itself what it cannot read. It fails with 255."""
