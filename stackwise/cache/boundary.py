@@ -1,7 +1,8 @@
 """Boundaries: the residual stream between two stacks, identified by what determines it, remade when its store is gone.
 
-What the pipeline versions is a boundary's identity. Its bytes lie in a store (`stackwise.cache.store`) in a directory that
-is named by the identity, outside the engines' sight; whoever needs a store and does not find all of it makes what is missing.
+What the pipeline versions is a boundary's identity. Its bytes lie in a store (`stackwise.cache.store`) in a directory
+that is named by the identity, outside the engines' sight; whoever needs a store and does not find all of it makes what
+is missing.
 """
 
 import shutil

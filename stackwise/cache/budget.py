@@ -52,8 +52,8 @@ def make_room(store: Path, size: int, budget: int) -> None:
     if excess > 0:
         needed = (excess + budget) / 1e9
         raise UserError(
-            f"params.yaml: activations.budget_gb = {budget / 1e9:g}: the boundary that is being cached, with those in use, "
-            f"needs {needed:.3g}; raise it, or lower objective.variants"
+            f"params.yaml: activations.budget_gb = {budget / 1e9:g}: the boundary that is being cached, with those "
+            f"in use, needs {needed:.3g}; raise it, or lower objective.variants"
         )
 
 

@@ -23,7 +23,7 @@ class SampleOrder:
         return np.random.default_rng([epoch, *self._key]).permutation(self.n)
 
     def at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples at places `start` ... `start + count - 1` and the pass that each belongs to: two `[count]` int64."""
+        """The samples at places `start` ... `start + count - 1`, and the pass of each: two `[count]` int64."""
         epochs, places = np.divmod(np.arange(start, start + count), self.n)
         samples = np.empty(count, dtype=np.int64)
         for epoch in np.unique(epochs):

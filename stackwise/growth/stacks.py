@@ -1,6 +1,7 @@
 """Trained stacks on disk, and the new stack that grows on top of one."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,7 +118,7 @@ def fuse(stacks: list[TrainedStack]) -> Rack:
         UserError: the stacks do not belong together.
     """
     first, last = stacks[0], stacks[-1]
-    for index, (below, above) in enumerate(zip(stacks, stacks[1:], strict=False), 1):
+    for index, (below, above) in enumerate(pairwise(stacks), 1):
         _check_continues(below, index, above.shape.model, above.shape.vocab_size)
         if above.artifact.inputs.get("below") != below.artifact.digest:
             raise UserError(
@@ -137,8 +138,8 @@ def fuse(stacks: list[TrainedStack]) -> Rack:
 def _check_continues(below: TrainedStack, index: int, model: ModelParams, vocab_size: int) -> None:
     if (below.index, below.shape.model, below.shape.vocab_size) != (index - 1, model, vocab_size):
         raise UserError(
-            f"{below.artifact.path}: cannot stand below stack {index}: it is stack {below.index} of another architecture "
-            "or vocabulary; run `dvc repro` or `snakemake`, which train what does not fit again"
+            f"{below.artifact.path}: cannot stand below stack {index}: it is stack {below.index} of another "
+            "architecture or vocabulary; run `dvc repro` or `snakemake`, which train what does not fit again"
         )
 
 

@@ -49,7 +49,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class MaskDiffusionObjective:
-    """Mask-diffusion (Sahoo et al. 2024; Shi et al. 2024): hide a random share t of the tokens, predict the hidden ones.
+    """Mask-diffusion (Sahoo et al. 2024; Shi et al. 2024): hide a random share t of the tokens and predict them.
 
     Weights are 1 (`plain`) or 1/t (`nelbo`, equation 10 of Sahoo et al. for the linear schedule).
     """
@@ -60,6 +60,7 @@ class MaskDiffusionObjective:
     causal: bool = False
 
     def __call__(self, tokens: np.ndarray, samples: np.ndarray, variants: np.ndarray) -> tuple[np.ndarray, Targets]:
+        """As `Objective` says; what is hidden shows the mask token."""
         rates, mask = draw_masks(self.params, seed=self.seed, samples=samples, variants=variants, seq=tokens.shape[1])
         weights = np.ones_like(rates) if self.params.weighting == "plain" else 1.0 / rates
         return np.where(mask, self.mask_id, tokens), masked_targets(tokens, mask, weights)
@@ -72,6 +73,7 @@ class CausalObjective:
     causal: bool = True
 
     def __call__(self, tokens: np.ndarray, samples: np.ndarray, variants: np.ndarray) -> tuple[np.ndarray, Targets]:
+        """As `Objective` says; the model sees all tokens, and variants make no difference."""
         has_next = np.ones(tokens.shape, dtype=bool)
         has_next[:, -1] = False
         following = np.roll(tokens, -1, axis=1)
