@@ -9,8 +9,9 @@ vocabulary and objective are the same. Run it on an idle machine:
 - Time: the two take turns, a few steps each; the median over the rounds counts. The stack's share of the rack's time is
   held against its share of the floating-point operations of loss and gradients (counted, not estimated, the head with
   them).
-- Memory: each side in a process of its own. What counts is the peak of resident memory over that after the imports:
-  weights, gradients, optimizer state, saved activations, the loader's buffers, and whatever else there is.
+- Memory: each side in a process of its own. What counts is the peak of resident memory over that after the imports and
+  a few steps of something tiny, which load the code of the libraries: weights, gradients, optimizer state, saved
+  activations, the loader's buffers, and whatever else there is.
 - Waiting: the share of its time that the loop waits for data.
 """
 
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -224,7 +225,12 @@ def measure_memory(directory: Path, sizes: Sizes, arguments: Sequence[str]) -> l
 
 
 def peak_of(name: str, directory: Path, sizes: Sizes) -> int:
-    """Bytes of resident memory that training takes at most, over what this process has now."""
+    """Bytes of resident memory that training takes at most, over that of a process that has trained something tiny."""
+    tiny = replace(sizes, d_model=64, stacks=1, blocks=1, seq=16, batch=2, vocab=64)
+    with tempfile.TemporaryDirectory(dir=directory) as warm:
+        prepare(Path(warm), tiny)
+        with make_side(name, Path(warm), tiny) as side:
+            side.train(MEMORY_STEPS)
     before = _reset_peak()
     with make_side(name, directory, sizes) as side:
         side.train(MEMORY_STEPS)

@@ -183,7 +183,7 @@ class Project:
         return sorted(read_record(path)[0]["stage"] for path in new)
 
     def planned(self, *targets: str) -> set[str]:
-        """What Snakemake would run."""
+        """What Snakemake would run. Nothing means that `dvc status` is clean, too: that is what Snakemake asks."""
         said = self.call("snakemake", "--dry-run", *targets).stdout
         if "Nothing to be done" in said:
             return set()

@@ -92,7 +92,6 @@ def test_changed_put_back_and_checked_out(project: "Project") -> None:
         project.set_param("fine_tune.clm.lr", value)
         project.engine(engine)
         assert project.ran() == sorted(CLM), engine
-        assert project.changed() == set()
         assert project.planned() == set()
     project.commit("later")
     later = project.files()
@@ -104,7 +103,6 @@ def test_changed_put_back_and_checked_out(project: "Project") -> None:
         project.engine(engine)
         assert project.ran() == sorted(CHECK), engine
         assert project.files() == files
-        assert project.changed() == set()
         assert project.planned() == set()
     project.git("checkout", "--quiet", ".")
 
@@ -125,7 +123,6 @@ def test_what_changes_no_value_reruns_nothing(project: "Project") -> None:
     assert "seq_len: 16\n" in text
     project.params.write_text("# a comment\n\n" + text.replace("seq_len: 16\n", "seq_len:   16  # so long\n\n"))
     assert yaml.safe_load(project.params.read_text()) == yaml.safe_load(text)
-    assert project.changed() == set()
     assert project.planned() == set()
     project.dvc("repro")
     assert project.ran() == []
@@ -139,5 +136,4 @@ def test_an_equal_output_stops_there(project: "Project", engine: str) -> None:
     project.engine(engine)
     assert project.ran() == ["fuse"]
     assert project.files() == files
-    assert project.changed() == set()
     assert project.planned() == set()
