@@ -23,8 +23,10 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -41,6 +43,7 @@ _INDEX_ENTRY_BYTES = 16  # offset and length, both uint64
 _ABSENT = 2**64 - 1  # offset and length of a chunk that a shard does not hold
 _MAX_ROW_BYTES = 2**30  # one system call must be able to move a row; Linux stops just below 2 GiB
 _OPEN_SHARDS = 256  # file descriptors a store keeps, well below the usual limit of 1024 a process
+_READERS = 2  # threads that copy rows; the system calls and the checksums leave the GIL alone
 _IOV_MAX = 1024  # buffers a single writev takes on Linux and macOS
 
 # macOS has none of fdatasync, posix_fadvise and reads that do not wait: there a store syncs the metadata of a
@@ -391,9 +394,13 @@ class ActivationStore:
         if rows.min() < 0 or rows.max() >= layout.rows:
             raise IndexError(f"rows {rows.min()}..{rows.max()} are not all in 0..{layout.rows - 1}")
         slots = out.reshape(len(rows), -1).view(np.uint8)
-        for first in range(0, len(rows), _OPEN_SHARDS):  # a part cannot need more open files than we keep
-            part = slice(first, first + _OPEN_SHARDS)
-            self._read_part(rows[part].tolist(), slots[part], verify)
+        # Two at a time, for copying takes what one core gives; a part cannot need more open files than we keep.
+        size = min(_OPEN_SHARDS // _READERS, -(-len(rows) // _READERS))
+        parts = [slice(first, first + size) for first in range(0, len(rows), size)]
+        reads = [_readers().submit(self._read_part, rows[part].tolist(), slots[part], verify) for part in parts]
+        wait(reads)  # all, so that nothing writes into `out` any more once we are back, with an error or without
+        for read in reads:
+            read.result()
 
     def _read_part(self, rows: list[int], slots: npt.NDArray[np.uint8], verify: bool) -> None:
         """Read a few rows into `slots`, `[n, row_bytes]`.
@@ -463,6 +470,12 @@ class ActivationStore:
 def _crc(data: npt.NDArray[np.uint8]) -> bytes:
     """CRC-32C of a contiguous array as it is stored."""
     return int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """The threads that read rows, for all stores of the process."""
+    return ThreadPoolExecutor(_READERS, thread_name_prefix="read")
 
 
 def _check_buffer(name: str, array: npt.NDArray[Any], rows: int, layout: StoreLayout) -> None:
