@@ -62,7 +62,11 @@ def test_a_changed_parameter_plans_what_depends_on_it(project: "Project") -> Non
         project.set_param(key, value)
         planned.append((key, value, project.planned()))
         project.params.write_text(original)
-    assert planned == CHANGES
+    (project.root / "text.txt").write_text("A text of the user's own.\n")
+    project.set_param("data", {"source": "files", "files": ["*.txt"]})
+    planned.append(("data", "files", project.planned()))
+    project.params.write_text(original)
+    assert planned == [*CHANGES, ("data", "files", CORPUS)]
     assert project.planned() == set()
     assert project.ran() == []
 
