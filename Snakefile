@@ -112,7 +112,9 @@ for stage in STAGES:
             stage.name
         input:
             # Always ancient: whether a stage is current is never judged by modification times.
-            receipts=[ancient(MAKER[path].receipt) for path in stage.inputs if path in MAKER],
+            receipts=[
+                ancient(MAKER[path].receipt) for path in stage.inputs if path in MAKER
+            ],
             sources=[ancient(path) for path in stage.dependencies if path not in MAKER],
         output:
             touch(stage.receipt),

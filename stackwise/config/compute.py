@@ -41,6 +41,6 @@ class ActivationsParams(Section):
     budget_gb: float = Field(default=50.0, gt=0)
     """Most disk space of all stores (10^9 bytes); the least recently used go first."""
     shard_mb: int = Field(default=16, ge=1)
-    """Size of a shard file of a new store (2^20 bytes)."""
+    """Size of a shard file (2^20 bytes); a store with shards of another size is made again."""
     prefetch: int = Field(default=4, ge=1)
     """Batches that the loader keeps ready."""

@@ -1,5 +1,6 @@
 """Checkpoints: what an interrupted stage resumes from."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ class Checkpoints:
             tensors |= {f"{key}/{name}": value for key, value in optimizer.state[parameter].items()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"facts": json.dumps({"step": step, **facts})})
+        text = json.dumps({"step": step, **facts})
+        save_file(tensors, partial, metadata={"facts": text, "sha256": _digest(tensors, text)})
         with partial.open("rb") as f:
             os.fsync(f.fileno())
         partial.replace(self.file)
@@ -55,10 +57,14 @@ class Checkpoints:
         states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
         try:
             with safe_open(self.file, framework="pt") as f:
-                facts = json.loads(f.metadata()["facts"])
-                for key in f.keys():  # noqa: SIM118 (it is no mapping)
-                    kind, name = key.split("/", 1)
-                    states[name][kind] = f.get_tensor(key)
+                metadata = f.metadata()
+                tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (it is no mapping)
+            if _digest(tensors, metadata["facts"]) != metadata["sha256"]:
+                return 0, {}
+            for key, value in tensors.items():
+                kind, name = key.split("/", 1)
+                states[name][kind] = value
+            facts = json.loads(metadata["facts"])
             step = facts.pop("step")
             values = {name: states[name].pop("parameter") for name in parameters}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # none, or damaged: start over
@@ -72,3 +78,12 @@ class Checkpoints:
     def discard(self) -> None:
         """Remove it: the stage has published its result."""
         self.file.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 of what a checkpoint holds (hex): safetensors itself has no checksum of its data."""
+    hasher = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        hasher.update(name.encode())
+        hasher.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()

@@ -383,8 +383,13 @@ def not_json(content: bytes) -> bytes:
     return content.replace(b'{\\"step\\"', b'[\\"step\\"')
 
 
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
 @pytest.mark.parametrize(
-    "damage", [cut, lambda _: b"", lambda _: b"junk" * 1000, other_header, other_facts, not_json, lambda c: c + b"x"]
+    "damage",
+    [cut, lambda _: b"", lambda _: b"junk" * 1000, other_header, other_facts, not_json, lambda c: c + b"x", flipped],
 )
 def test_unreadable_checkpoint_starts_over(setting: Setting, damage: Callable[[bytes], bytes]) -> None:
     uninterrupted, losses = setting.run()
