@@ -85,5 +85,5 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     hasher = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         hasher.update(name.encode())
-        hasher.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        hasher.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
