@@ -20,7 +20,7 @@ check: .venv/ready
 	$(ENV) ruff format --check .
 	$(ENV) mypy
 	$(ENV) snakefmt --check Snakefile
-	$(ENV) snakemake --lint
+	$(ENV) python -m workflow.lint
 	$(ENV) python -m workflow.stages --check
 	$(ENV) python -m stackwise.config.schema --check
 

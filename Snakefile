@@ -5,7 +5,6 @@
 #     snakemake --report report.html       the report, from what is there
 #
 # The stages stand in workflow/stages.py; their parameters in params.yaml.
-import os
 import sys
 from pathlib import Path
 
@@ -14,11 +13,6 @@ from stackwise.config.params import load
 from stackwise.errors import UserError
 from workflow.stages import table
 from workflow.sync import sync
-
-# DVC's commands say `python`: the one that runs Snakemake.
-os.environ["PATH"] = os.pathsep.join(
-    [str(Path(sys.executable).parent), os.environ["PATH"]]
-)
 
 try:
     if config:
@@ -52,7 +46,6 @@ report: "workflow/report/workflow.rst"
 localrules:
     all,
     fused_model,
-    figures,
 
 
 if REPORTING:

@@ -22,6 +22,8 @@ def sync(stages: list[Stage]) -> None:
     Raises:
         UserError: DVC cannot tell what is current.
     """
+    # DVC's commands say `python`: it must be the one that runs Snakemake.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     render(stages)
     RECEIPTS.mkdir(parents=True, exist_ok=True)
     began = time.time()
