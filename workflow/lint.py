@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 DECIDED = "Specify a conda environment or container for each rule."
-"""The environment is requirements.lock, the same for every stage and both engines; DVC could not follow one per rule."""
+"""The environment is requirements.lock, the same for all stages and engines; DVC could not follow one per rule."""
 
 
 def main() -> None:
