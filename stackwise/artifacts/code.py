@@ -3,6 +3,7 @@
 import ast
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -18,11 +19,18 @@ def digest_code(names: Iterable[str]) -> str:
         names: files or directories, relative to `PROJECT`.
     """
     hasher = hashlib.sha256()
-    for path in sorted(_python_files(names)):
-        hasher.update(str(path.relative_to(PROJECT)).encode())
-        for token in _walk(ast.parse(path.read_bytes(), filename=str(path))):
-            hasher.update(token.encode() + b"\0")
+    for path in sorted(set(_python_files(names))):
+        hasher.update(str(path.relative_to(PROJECT)).encode() + _digest_source(path.read_bytes()))
     return hasher.hexdigest()
+
+
+@cache
+def _digest_source(source: bytes) -> bytes:
+    """SHA-256 of what one source does. A process asks for the same sources several times, and each takes a while."""
+    hasher = hashlib.sha256()
+    for token in _walk(ast.parse(source)):
+        hasher.update(token.encode() + b"\0")
+    return hasher.digest()
 
 
 def _python_files(names: Iterable[str]) -> Iterator[Path]:
