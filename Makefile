@@ -12,7 +12,7 @@ fused_model: .venv/ready
 	$(ENV) snakemake --cores $(CORES) all
 
 test: .venv/ready
-	$(ENV) python -m pytest
+	$(ENV) python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Lint, format and types.
 check: .venv/ready
