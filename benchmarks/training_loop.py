@@ -71,7 +71,7 @@ class Contest:
             attention=AttentionParams(n_heads=max(1, options.d_model // 32)),
             mlp=MLPParams(hidden=round(options.d_model * 8 / 3 / 32) * 32),
         )
-        shape = RackShape(model, (options.blocks,) * options.stacks, options.vocab)
+        shape = RackShape.of(model, (options.blocks,) * options.stacks, options.vocab)
         self.windows = {name: new_window(shape) for name in (LOOP, CONTROL)}
         self.checkpoints = Checkpoints(directory / "checkpoint.safetensors")
         # No schedule and no decay: what the control leaves out must not make the losses differ.

@@ -168,7 +168,7 @@ def make_side(name: str, directory: Path, sizes: Sizes) -> Iterator[Side]:
     order = SampleOrder(len(dataset), seed=0, stream="benchmark")
     from_tokens = TokenBatches(dataset, order, objective, sizes.batch, accumulate=1)
     if name == RACK:
-        rack = Rack(RackShape(sizes.model, (sizes.blocks,) * sizes.stacks, sizes.vocab))
+        rack = Rack(RackShape.of(sizes.model, (sizes.blocks,) * sizes.stacks, sizes.vocab))
         for part, module in rack.named_children():
             initialize(module, name=part, seed=0)
         yield Side(Window.of(rack), from_tokens, sizes, directory)
@@ -231,22 +231,23 @@ def peak_of(name: str, directory: Path, sizes: Sizes) -> int:
         prepare(Path(warm), tiny)
         with make_side(name, Path(warm), tiny) as side:
             side.train(MEMORY_STEPS)
-    before = _reset_peak()
+    before = reset_peak()
     with make_side(name, directory, sizes) as side:
         side.train(MEMORY_STEPS)
-    return _peak() - before
+    return peak() - before
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Resident bytes now, from which on the peak is measured; where Linux does not do that, the peak so far."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return _peak()
+        return peak()
     return _status("VmRSS")
 
 
-def _peak() -> int:
+def peak() -> int:
+    """The most bytes that have been resident since `reset_peak`."""
     if sys.platform == "linux":
         return _status("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

@@ -159,7 +159,7 @@ CASES = [
     _wrong(
         "key-value heads that do not divide the heads",
         {"model.attention": {"type": "gqa", "n_heads": 4, "n_kv_heads": 3}},
-        "model.attention.n_kv_heads = 3: expected a divisor of model.attention.n_heads (4)",
+        "model.attention.n_kv_heads = 3: expected a divisor of n_heads (4)",
     ),
     _wrong(
         "gqa without key-value heads", {"model.attention.type": "gqa"}, "model.attention.n_kv_heads = null: expected"
@@ -190,6 +190,94 @@ CASES = [
     _wrong("vocabulary of bytes", {"tokenizer.vocab_size": 300}, "tokenizer.vocab_size = 300: has no effect", "byte"),
     _wrong("tokenizer without a name", {"tokenizer.type": "pretrained"}, "tokenizer.name = null: expected a directory"),
     _wrong("name without a tokenizer", {"tokenizer.name": "gpt2"}, "tokenizer.name = gpt2: has no effect", "byte"),
+    # --- architectures
+    _wrong(
+        "latent rank larger than the width",
+        {"model.attention": {"type": "mla", "n_heads": 2, "mla_rkv": 32, "mla_rq": 8}},
+        "model.attention.mla_rkv = 32: expected at most model.d_model (16)",
+    ),
+    _wrong(
+        "latents without a rank", {"model.attention.type": "mla"}, "model.attention.mla_rkv = null: expected a number"
+    ),
+    _wrong(
+        "rank without latents",
+        {"model.attention.mla_rkv": 8},
+        "model.attention.mla_rkv = 8: has no effect with attention type standard (it has with mla, mlgka)",
+    ),
+    _wrong(
+        "rotary part as wide as the head",
+        {"model.attention": {"type": "mla", "n_heads": 2, "mla_rkv": 8, "mla_rope_dim": 8}},
+        "model.attention.mla_rope_dim = 8: expected less than the head width (8), or mla_nope_dim",
+    ),
+    _wrong(
+        "dropout of a kernel",
+        {"model.attention": {"type": "kernel", "n_heads": 2, "dropout": 0.1}},
+        "model.attention.dropout = 0.1: has no effect with attention type kernel",
+    ),
+    _wrong(
+        "random features of a kernel that has none",
+        {"model.attention": {"type": "kernel", "n_heads": 2, "kernel": "linear", "features": 8}},
+        "model.attention.features = 8: has no effect with kernel linear",
+    ),
+    _wrong(
+        "bandwidth of a kernel that has none",
+        {"model.attention": {"type": "kernel", "n_heads": 2, "bandwidth": 2.0}},
+        "model.attention.bandwidth = 2.0: has no effect with kernel softmax",
+    ),
+    _wrong(
+        "odd number of features",
+        {"model.attention": {"type": "kernel", "n_heads": 2, "features": 7}},
+        "model.attention.features = 7: expected an even number",
+    ),
+    _wrong(
+        "longer context without a factor", {"model.attention.rope_scaling": "linear"}, "rope_factor = null: expected"
+    ),
+    _wrong("factor without a longer context", {"model.attention.rope_factor": 2.0}, "rope_factor = 2.0: has no effect"),
+    _wrong(
+        "more experts than there are",
+        {"model.mlp": {"type": "moe", "top_k": 9}},
+        "model.mlp.top_k = 9: expected at most",
+    ),
+    _wrong("experts without a mixture", {"model.mlp.n_experts": 8}, "model.mlp.n_experts = 8: has no effect", "swiglu"),
+    _wrong(
+        "copy of another architecture",
+        {"stacks.1": {"attention": {"type": "kernel"}, "init": "copy"}},
+        "stacks.1.init = copy: stack 1 has other weights than stack 0, which it cannot copy: expected random or zero",
+    ),
+    _wrong(
+        "override that does not fit",
+        {"stacks.1": {"attention": {"n_heads": 3}, "init": "random"}},
+        "stacks.1.attention.n_heads = 3: expected a divisor of model.d_model (16)",
+    ),
+    _wrong(
+        "override without what its type needs",
+        {"stacks.1": {"attention": {"type": "mla"}, "init": "random"}},
+        "stacks.1.attention.mla_rkv = null: expected a number",
+    ),
+    # --- vocabularies of other models
+    _wrong(
+        "pretrained embeddings with another tokenizer",
+        {"model.embeddings": {"source": "some/model"}},
+        "tokenizer.type = byte: expected pretrained, with tokenizer.name null",
+    ),
+    _wrong("adapter of nothing", {"model.head.adapter_hidden": 8}, "model.head.adapter_hidden = 8: has no effect"),
+    _wrong(
+        "tied head from elsewhere",
+        {
+            "model.tie_embeddings": True,
+            "model.head": {"source": "some/model"},
+            "tokenizer": {"type": "pretrained", "vocab_size": None},
+        },
+        "model.head.source = some/model: has no effect with model.tie_embeddings true",
+    ),
+    # --- time
+    _wrong("bins without time", {"model.time.bins": 4}, "model.time.bins = 4: has no effect with model.time.mode none"),
+    _wrong(
+        "learned time without bins",
+        {"model.time": {"mode": "input", "embedding": "learned"}},
+        "model.time.bins = null: expected a number",
+    ),
+    _wrong("custom times that are not there", {"model.time": {"mode": "depth", "mapping": "custom"}}, "time_per_stack"),
     # --- several at once: a bad value hides no problem elsewhere
     _wrong(
         "everything at once",

@@ -31,20 +31,29 @@ def loss_curves(losses: Mapping[str, Sequence[Mapping[str, float]]], out: Path) 
     _save(figure, out)
 
 
+MAIN_FIGURES = {"nelbo": "NELBO", "next_token": "NLL of the next token", "labelled": "NLL of the labels"}
+
+
+def main_figure(metrics: Mapping[str, Any]) -> str:
+    """The key of what a model is judged by."""
+    return next(key for key in MAIN_FIGURES if key in metrics)
+
+
 def depth_curve(depths: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """NELBO after each stack with its 95 % interval, beside the unigram baseline.
+    """NELBO or NLL after each stack with its 95 % interval, beside the unigram baseline.
 
     Args:
         depths: metrics of the racks that end at stack 0, 1, ...
         out: SVG file.
     """
-    figure, axes = _axes("stacks in the rack", "NELBO on held-out text (bits per byte)")
+    key = main_figure(depths[0])
+    figure, axes = _axes("stacks in the rack", f"{MAIN_FIGURES[key]} on held-out text (bits per byte)")
     stacks = range(1, len(depths) + 1)
-    nelbo = [d["nelbo"] for d in depths]
+    found = [d[key] for d in depths]
     axes.errorbar(
         stacks,
-        [n["bits_per_byte"] for n in nelbo],
-        yerr=[1.96 * n["standard_error_bits_per_byte"] for n in nelbo],
+        [f["bits_per_byte"] for f in found],
+        yerr=[1.96 * f["standard_error_bits_per_byte"] for f in found],
         marker="o",
         capsize=4,
         label="rack",
@@ -73,7 +82,8 @@ def masked_nll(metrics: Mapping[str, Mapping[str, Any]], out: Path) -> None:
             label=name.replace("_", " "),
         )
     axes.set_xlim(0, 1)
-    axes.legend()
+    if metrics:
+        axes.legend()
     _save(figure, out)
 
 

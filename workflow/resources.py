@@ -1,6 +1,7 @@
 """Estimates of what stages need, for Snakemake's scheduler. They have no influence on results."""
 
 import os
+from collections.abc import Iterable
 
 from stackwise.config.params import Params
 
@@ -12,29 +13,37 @@ class Estimate:
     """Memory of the pipeline's kinds of work, from the parameters alone."""
 
     def __init__(self, params: Params) -> None:
-        model, self._params = params.model, params
-        kv_heads = model.attention.n_kv_heads or model.attention.n_heads
-        attention = 2 * model.d_model**2 * (1 + kv_heads / model.attention.n_heads)
-        self._block = attention + 3 * model.d_model * model.mlp.hidden
+        self._params = params
         vocab = params.tokenizer.vocab_size or 50_000  # known only after tokenizing
-        self._ends = 2 * vocab * model.d_model
-        self._width = 8 * model.d_model + 3 * model.mlp.hidden
+        self._ends = 2 * vocab * params.model.d_model
 
     def gpu(self) -> int:
         """GPUs that a computing stage takes: one where CUDA is asked for, or found with `auto`."""
         device = self._params.compute.device
         return int(device == "cuda" or (device == "auto" and os.path.exists("/proc/driver/nvidia/version")))
 
-    def blocks(self, stacks: range) -> int:
-        """Blocks of some stacks together."""
-        return sum(self._params.stack_params(k).blocks for k in stacks)
-
-    def training_mb(self, blocks: int, batch_size: int) -> int:
+    def training_mb(self, stacks: Iterable[int], batch_size: int) -> int:
         """Weights, gradients and AdamW's two moments in fp32, and the activations that backward needs."""
+        stacks = list(stacks)
         micro_batch = batch_size // self._params.optimizer.accumulate
-        activations = micro_batch * self._params.seq_len * self._width * blocks * 4
-        return PROCESS_MB + round((16 * (self._block * blocks + self._ends) + activations) / 1e6)
+        activations = micro_batch * self._params.seq_len * sum(map(self._width, stacks)) * 4
+        return PROCESS_MB + round((16 * (sum(map(self._weights, stacks)) + self._ends) + activations) / 1e6)
 
-    def reading_mb(self, blocks: int) -> int:
+    def reading_mb(self, stacks: Iterable[int]) -> int:
         """Weights in fp32, read once and held once."""
-        return PROCESS_MB + round(8 * (self._block * blocks + self._ends) / 1e6)
+        return PROCESS_MB + round(8 * (sum(map(self._weights, stacks)) + self._ends) / 1e6)
+
+    def _weights(self, k: int) -> int:
+        """Weights of stack `k`; those of latent attention count as those of dense attention, which has more."""
+        model, blocks = self._params.stack_model(k), self._params.stack_params(k).blocks
+        heads, mlp = model.attention.n_heads, model.mlp
+        width = heads * (model.attention.head_dim or model.d_model // heads)
+        attention = 2 * model.d_model * width * (1 + (model.attention.n_kv_heads or heads) / heads)
+        networks = mlp.n_experts + mlp.n_shared if mlp.type == "moe" else 1
+        return round(blocks * (attention + 3 * model.d_model * mlp.hidden * networks))
+
+    def _width(self, k: int) -> int:
+        """Numbers per token that backward needs of stack `k`."""
+        model, blocks = self._params.stack_model(k), self._params.stack_params(k).blocks
+        networks = model.mlp.top_k + model.mlp.n_shared if model.mlp.type == "moe" else 1
+        return blocks * (8 * model.d_model + 3 * model.mlp.hidden * networks)

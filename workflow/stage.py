@@ -19,6 +19,7 @@ from workflow.stages import ALL, RENDER, Stage, check_rendered
 
 LOGS = Path("logs")
 CHECKPOINTS = Path(".stackwise/checkpoints")
+_MAIN_FIGURES = ("nelbo.bits_per_byte", "next_token.bits_per_byte", "labelled.bits_per_byte")
 NEWS_EVERY = 2.0
 """Seconds between two lines of progress."""
 
@@ -93,7 +94,7 @@ class StageRun:
         self.record.add("result", values={f"{name}.{key}": value for key, value in values.items()})
         if depth is not None:
             self.record.add("depth", stack=depth, values={f"depth.{key}": value for key, value in values.items()})
-        main = values.get("nelbo.bits_per_byte", values.get("next_token.bits_per_byte", float("nan")))
+        main = next(values[key] for key in _MAIN_FIGURES if key in values)
         self.say(f"{main:.4f} bits per byte (unigram {values['unigram.bits_per_byte']:.4f})")
 
     def resolved(self) -> dict[str, Any]:
@@ -235,8 +236,8 @@ def _open_log(name: str) -> Any:
 def _own_modules() -> list[str]:
     """The sources of this project that this process has imported, relative to the project."""
     files = (getattr(m, "__file__", None) for m in list(sys.modules.values()))
-    paths = (Path(f) for f in files if f)
-    return sorted(str(p.relative_to(PROJECT)) for p in paths if p.is_relative_to(PROJECT) and ".venv" not in p.parts)
+    own = (Path(f).relative_to(PROJECT) for f in files if f and f.startswith(f"{PROJECT}/"))
+    return sorted(str(path) for path in own if ".venv" not in path.parts)
 
 
 def _peak_memory() -> int:

@@ -19,6 +19,8 @@ from stackwise.config.params import Params, load
 from stackwise.config.training import FineTuneParams
 from stackwise.data.sources import find_files
 from stackwise.errors import UserError
+from stackwise.model import variants
+from stackwise.model.pretrained import find_matrices
 from workflow.resources import Estimate
 
 RECEIPTS = Path(".stackwise/receipts")
@@ -29,11 +31,14 @@ ARTIFACTS = ("stackwise/artifacts/manifest.py", "stackwise/errors.py")
 CORPUS = (*ARTIFACTS, "stackwise/config/data.py", "stackwise/data/corpus.py")
 TOKENS = (*ARTIFACTS, "stackwise/data/tokens.py")
 DEVICE = ("stackwise/config/compute.py", "stackwise/training/device.py")
-MODEL = (
-    *(*ARTIFACTS, "stackwise/config/model.py"),
-    *(f"stackwise/model/{name}.py" for name in ("attention", "mlp", "rack", "rope", "stack")),
+MODEL = (*ARTIFACTS, "stackwise/config/model.py", *variants.SHARED)
+OBJECTIVES = (
+    *("stackwise/config/objective.py", "stackwise/data/order.py"),
+    *(f"stackwise/objectives/{name}.py" for name in ("corruption", "draws", "fixed", "loss", "masks")),
+    *(f"stackwise/objectives/{name}.py" for name in ("schedules", "targets", "words")),
 )
-OBJECTIVES = ("stackwise/config/objective.py", "stackwise/objectives")
+PRETRAINING = "stackwise/objectives/pretraining.py"
+OF_STACKS = (PRETRAINING, "stackwise/objectives/stacks.py")
 STACKS = (
     *MODEL,
     *OBJECTIVES,
@@ -41,16 +46,17 @@ STACKS = (
     "stackwise/growth/stacks.py",
     "stackwise/growth/window.py",
     "stackwise/model/init.py",
+    "stackwise/model/pretrained.py",
 )
 RACKS = (*MODEL, "stackwise/growth/racks.py")
 TRUNK = (*STACKS, "stackwise/precision")
 BOUNDARIES = (
-    *(*TRUNK, *TOKENS, *DEVICE, "stackwise/artifacts/code.py"),
+    *(*TRUNK, *TOKENS, *DEVICE, *OF_STACKS, "stackwise/artifacts/code.py"),
     *(f"stackwise/cache/{name}.py" for name in ("boundary", "budget", "store")),
 )
 TRAINING = (
     *(*RACKS, *OBJECTIVES, *TOKENS, *DEVICE, "stackwise/config/training.py", "stackwise/precision/dtypes.py"),
-    *("stackwise/data/order.py", "stackwise/growth/batches.py", "stackwise/growth/window.py"),
+    *(PRETRAINING, "stackwise/growth/batches.py", "stackwise/growth/window.py"),
     *("stackwise/cache/loader.py", "stackwise/training", "workflow/training.py"),
 )
 EVALUATION = (
@@ -64,6 +70,7 @@ DETERMINISM = ("compute.device", "compute.deterministic")
 NEUTRAL = (
     "stackwise/config/params.py",
     "stackwise/config/section.py",
+    "stackwise/model/variants.py",
     "stackwise/tracking",
     "workflow/resources.py",
     "workflow/stage.py",
@@ -133,7 +140,8 @@ def table(params: Params) -> list[Stage]:
             name="check_params",
             script="check_params",
             params=(ALL,),
-            sources=("stackwise/config", "stackwise/errors.py"),
+            inputs=_matrices(params),
+            sources=("stackwise/config", "stackwise/errors.py", "stackwise/model/pretrained.py"),
         ),
         *_data_stages(params),
         *_stack_stages(params),
@@ -157,11 +165,24 @@ def _is_default(params: Params, key: str) -> bool:
     return False
 
 
+def _matrices(params: Params) -> tuple[str, ...]:
+    """The files on this disk that hold matrices of other models."""
+    return tuple(sorted({str(matrix.file) for matrix in find_matrices(params.model, download=False)}))
+
+
+def _tokenizer_files(directory: Path) -> list[str]:
+    """The files of a directory that a tokenizer may read: all but the weights of a model that lies there too."""
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5")
+    return sorted(str(f) for f in directory.iterdir() if f.is_file() and f.suffix not in weights)
+
+
 def _data_stages(params: Params) -> Iterator[Stage]:
     # What lies on this disk is watched by DVC; what another machine or the running Python holds is not.
     files = find_files(params.data.files)
-    tokenizer = params.tokenizer.name
-    local = [tokenizer] if tokenizer is not None and Path(tokenizer).is_dir() else []
+    along = params.tokenizer.takes_along
+    model = params.model
+    tokenizer = model.embeddings.source or model.head.source if along else params.tokenizer.name
+    local = _tokenizer_files(Path(tokenizer)) if tokenizer is not None and Path(tokenizer).is_dir() else []
     yield Stage(
         name="corpus",
         script="corpus",
@@ -178,7 +199,7 @@ def _data_stages(params: Params) -> Iterator[Stage]:
         arguments={"corpus": "artifacts/corpus", "out": "artifacts/tokens"},
         inputs=("artifacts/corpus", *local),
         outputs=("artifacts/tokens",),
-        params=("tokenizer",),
+        params=("tokenizer", *(("model.embeddings.source", "model.head.source") if along else ())),
         sources=(*CORPUS, *TOKENS, "stackwise/data/encoding.py", "stackwise/data/tokenizer.py"),
         resources={"mem_mb": 2000},
     )
@@ -198,8 +219,8 @@ def _stack_stages(params: Params) -> Iterator[Stage]:
                 inputs=(below,),
                 outputs=(made,),
                 params=("trunk.dtype",),
-                sources=TRUNK,
-                resources={"mem_mb": estimate.reading_mb(params.stack_params(k - 1).blocks)},
+                sources=(*TRUNK, *_variants(params, k - 1)),
+                resources={"mem_mb": estimate.reading_mb([k - 1])},
             )
             yield Stage(
                 name=f"cache_activations_{k}",
@@ -208,23 +229,23 @@ def _stack_stages(params: Params) -> Iterator[Stage]:
                 inputs=(tokens, *trunk),
                 outputs=(boundary,),
                 params=(
-                    *("seed", "seq_len", "objective", "trunk.activations"),
+                    *("seed", "seq_len", "objective", "trunk.activations", *_mask_rate_keys(params, k)),
                     *(*DETERMINISM, "compute.dtype", "compute.threads"),
                 ),
-                sources=BOUNDARIES,
+                sources=(*BOUNDARIES, *_variants(params, *range(k))),
                 threads=threads,
                 resources={
-                    "mem_mb": estimate.reading_mb(params.stack_params(k - 1).blocks),
+                    "mem_mb": estimate.reading_mb([k - 1]),
                     "disk_mb": round(1000 * params.activations.budget_gb),
                     "gpu": estimate.gpu(),
                 },
             )
         arguments: dict[str, object] = {"index": k, "tokens": tokens}
-        inputs = [tokens]
+        inputs = [tokens, *(() if k else _matrices(params))]
         if k:
             arguments |= {"below": below, "trunk": trunk, "activations": boundary}
             inputs += [below, *trunk, boundary]
-            if params.model.tie_embeddings and k > 1:
+            if (params.model.tie_embeddings or params.objective.embedding_weight) and k > 1:
                 arguments["first"] = "artifacts/stacks/0"
                 inputs.append("artifacts/stacks/0")
         out, losses, stack = f"artifacts/stacks/{k}", f"metrics/loss/stack_{k}.json", params.stack_params(k)
@@ -240,13 +261,27 @@ def _stack_stages(params: Params) -> Iterator[Stage]:
                 *(*DETERMINISM, "compute.dtype", "compute.threads", "compute.compile"),
                 f"stacks.{k}",
                 *(("trunk.activations",) if k else ()),
+                *(key for key in _mask_rate_keys(params, k) if key == "n_stacks"),
             ),
-            sources=(*BOUNDARIES, *TRAINING, "stackwise/cache/batches.py"),
+            sources=(*BOUNDARIES, *TRAINING, "stackwise/cache/batches.py", *_variants(params, *range(k + 1))),
             threads=threads,
-            resources={"mem_mb": estimate.training_mb(stack.blocks, stack.batch_size), "gpu": estimate.gpu()},
+            resources={"mem_mb": estimate.training_mb([k], stack.batch_size), "gpu": estimate.gpu()},
         )
         stacks = [f"artifacts/stacks/{i}" for i in range(k + 1)]
-        yield _evaluation(params, f"stack_{k}", {"stacks": stacks}, stacks)
+        yield _evaluation(params, f"stack_{k}", {"stacks": stacks}, stacks, range(k + 1))
+
+
+def _mask_rate_keys(params: Params, k: int) -> tuple[str, ...]:
+    """The keys, besides those of the objective, that the mask rates of stack `k` depend on."""
+    time, objective = params.model.time, params.objective
+    keys: tuple[str, ...] = ()
+    if objective.schedule_stacks is None and (
+        objective.by_depth or (time.mode == "depth" and time.mapping != "custom")
+    ):
+        keys = ("n_stacks",)
+    if objective.by_training or time.sampling == "batch":
+        keys = (*keys, "stack.batch_size", f"stacks.{k}")
+    return (*keys, "stack.steps") if objective.by_training else keys
 
 
 def _model_stages(params: Params) -> Iterator[Stage]:
@@ -254,15 +289,15 @@ def _model_stages(params: Params) -> Iterator[Stage]:
     estimate, tokens, model = Estimate(params), "artifacts/tokens", "artifacts/fused"
     everything = range(params.n_stacks)
     stacks = tuple(f"artifacts/stacks/{k}" for k in everything)
-    blocks = estimate.blocks(everything)
+    architectures = _variants(params, *everything)
     yield Stage(
         name="fuse",
         script="fuse",
         arguments={"stacks": stacks, "tokens": tokens, "out": model},
         inputs=(*stacks, tokens),
         outputs=(model,),
-        sources=(*STACKS, *RACKS, *TOKENS),
-        resources={"mem_mb": estimate.reading_mb(blocks)},
+        sources=(*STACKS, *RACKS, *TOKENS, *architectures),
+        resources={"mem_mb": estimate.reading_mb(everything)},
     )
 
     def tuning(
@@ -281,9 +316,9 @@ def _model_stages(params: Params) -> Iterator[Stage]:
                 *(*DETERMINISM, "compute.dtype", f"compute.{threads}", "compute.compile"),
                 *keys,
             ),
-            sources=TRAINING,
+            sources=(*TRAINING, *architectures),
             threads=getattr(params.compute, threads),
-            resources={"mem_mb": estimate.training_mb(blocks, batch_size), "gpu": estimate.gpu()},
+            resources={"mem_mb": estimate.training_mb(everything, batch_size), "gpu": estimate.gpu()},
         )
 
     if params.joint.share:
@@ -303,7 +338,7 @@ def _model_stages(params: Params) -> Iterator[Stage]:
             )
             models[branch] = out
     for name, path in models.items():
-        yield _evaluation(params, name, {"model": path}, [path])
+        yield _evaluation(params, name, {"model": path}, [path], everything)
     depths = tuple(f"metrics/stack_{k}.json" for k in everything)
     metrics = tuple(f"metrics/{name}.json" for name in models)
     losses = tuple(f"metrics/loss/{name}.json" for name in (*(f"stack_{k}" for k in everything), *list(models)[1:]))
@@ -323,25 +358,32 @@ def _model_stages(params: Params) -> Iterator[Stage]:
         outputs=("artifacts/report",),
         plots=("metrics/depth.json",),
         params=("seed", "seq_len", "report", *DETERMINISM, "compute.branch_threads"),
-        sources=(*SAMPLING, "workflow/figures.py"),
+        sources=(*SAMPLING, *architectures, "workflow/figures.py"),
         threads=params.compute.branch_threads,
-        resources={"mem_mb": estimate.reading_mb(blocks), "gpu": estimate.gpu()},
+        resources={"mem_mb": estimate.reading_mb(everything), "gpu": estimate.gpu()},
     )
 
 
-def _evaluation(params: Params, name: str, model: dict[str, object], inputs: list[str]) -> Stage:
+def _evaluation(params: Params, name: str, model: dict[str, object], inputs: list[str], stacks: range) -> Stage:
     estimate, out = Estimate(params), f"metrics/{name}.json"
+    # A fine-tuned model is measured on what it has learned, which its name says.
+    objective = () if name in FineTuneParams.model_fields else ("objective.type", "objective.causal")
     return Stage(
         name=f"evaluate_{name}",
         script="evaluate",
         arguments={"name": name, **model, "tokens": "artifacts/tokens", "out": out},
         inputs=(*inputs, "artifacts/tokens"),
         metrics=(out,),
-        params=("seed", "seq_len", "evaluate", *DETERMINISM, "compute.dtype", "compute.branch_threads"),
-        sources=EVALUATION,
+        params=("seed", "seq_len", "evaluate", *objective, *DETERMINISM, "compute.dtype", "compute.branch_threads"),
+        sources=(*EVALUATION, *_variants(params, *stacks)),
         threads=params.compute.branch_threads,
-        resources={"mem_mb": estimate.reading_mb(estimate.blocks(range(params.n_stacks))), "gpu": estimate.gpu()},
+        resources={"mem_mb": estimate.reading_mb(stacks), "gpu": estimate.gpu()},
     )
+
+
+def _variants(params: Params, *stacks: int) -> tuple[str, ...]:
+    """The sources of the architectures of some stacks."""
+    return variants.sources(params.stack_model(k) for k in stacks)
 
 
 def _words(value: object) -> str:

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 
 from stackwise.artifacts.manifest import Artifact
-from stackwise.data.order import SampleOrder
+from stackwise.config.objective import ObjectiveParams
 from stackwise.data.tokens import Tokens
 from stackwise.growth.batches import TokenBatches
 from stackwise.growth.racks import KIND, load_rack, save_rack
 from stackwise.growth.window import Batch, Window
-from stackwise.objectives.targets import Objective
+from stackwise.objectives.pretraining import build_objective, visiting_order
+from stackwise.objectives.words import Words
 from stackwise.training.checkpoint import Checkpoints
 from stackwise.training.loop import Run, train
 from workflow.stage import StageRun, TrainingWatcher
@@ -43,6 +44,7 @@ def train_window(
         Run(
             module=window.to(device),
             batches=batches,
+            begin_step=window.begin_step,
             loss=partial(window.loss, device=device, causal=causal),
             steps=steps,
             lr=lr,
@@ -71,18 +73,32 @@ def tune_rack(
     run: StageRun,
     model: Artifact,
     tokens: Tokens,
-    objective: Objective,
+    objective_params: ObjectiveParams,
     *,
     steps: int,
     batch_size: int,
     lr: float,
     device: torch.device,
 ) -> None:
-    """Train all stacks of a rack together and publish the result as `--out`, with its tokenizer."""
+    """Train all stacks of a rack together, on whatever mask rates the parameters let them draw, and publish the result
+    as `--out`, with its tokenizer."""
     rack = load_rack(model.path)
     window = Window.of(rack)
-    order = SampleOrder(len(tokens.train), seed=run.params.seed, stream=run.stage.name)
-    batches = TokenBatches(tokens.train, order, objective, batch_size, run.params.optimizer.accumulate)
+    seed, time, vocabulary = run.params.seed, rack.shape.model.time, tokens.vocabulary
+    order = visiting_order(len(tokens.train), seed=seed, stream=run.stage.name, time=time, batch_size=batch_size)
+    objective = build_objective(
+        objective_params,
+        time,
+        seed=seed,
+        tokens=tokens.train,
+        mask_id=vocabulary.mask_id,
+        words=Words(tokens.word_starts, vocabulary.eos_id),
+        order=order,
+        batch_size=batch_size,
+        steps=steps,
+    )
+    eos_id = tokens.vocabulary.eos_id if rack.shape.model.document_mask else None
+    batches = TokenBatches(tokens.train, order, objective, batch_size, run.params.optimizer.accumulate, eos_id)
     losses = train_window(
         run, window, batches, causal=objective.causal, steps=steps, batch_size=batch_size, lr=lr, device=device
     )

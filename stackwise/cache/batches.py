@@ -27,7 +27,6 @@ class BoundaryBatches:
         verify = bool(epochs[0] < self.variants)
         batches = []
         for part in np.split(np.arange(base.batch_size), base.accumulate):
-            _, targets = base.objective(base.tokens.samples(samples[part]), samples[part], variants[part])
             rows = variants[part] * len(base.tokens) + samples[part]
-            batches.append(Batch(self.boundary.read(rows, verify=verify), targets))
+            batches.append(base.batch(samples[part], variants[part], self.boundary.read(rows, verify=verify)))
         return batches

@@ -29,8 +29,8 @@ def dereference(root: Schema, part: Schema) -> Schema:
 
 def in_words(root: Schema, part: Schema) -> str:
     """What `part` of a schema allows, such as `an integer of at least 1, or null`."""
-    if {"type": "null"} in part.get("anyOf", ()):
-        return f"{in_words(root, dereference(root, part))}, or null"
+    if options := part.get("anyOf", ()):
+        return ", or ".join("null" if option == {"type": "null"} else in_words(root, option) for option in options)
     part = dereference(root, part)
     if "enum" in part:
         *first, last = part["enum"]
@@ -42,6 +42,8 @@ def in_words(root: Schema, part: Schema) -> str:
             return "a number" + _interval(part)
         case "array":
             return f"a list; each item: {in_words(root, part['items'])}"
+        case "object" if isinstance(values := part.get("additionalProperties"), dict):
+            return f"a mapping; each value: {in_words(root, values)}"
         case simple:
             return {"string": "a text", "boolean": "true or false", "object": "a mapping of keys to values"}[simple]
 

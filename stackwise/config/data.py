@@ -21,6 +21,11 @@ class DataParams(Section):
     """Split of the data set to read (source `hub`)."""
     text_column: str = "text"
     """Column of .jsonl, .parquet, .csv files and of hub data sets that holds the text."""
+    ids_column: str | None = None
+    """Column of .jsonl, .parquet files and of hub data sets that holds the token ids that the model sees, instead of
+    text (`objective.type` custom; null: documents are text)."""
+    labels_column: str | None = None
+    """Column that holds as many labels: the id to predict at each position, -100 where none is (with `ids_column`)."""
     dummy_documents: int = Field(default=512, ge=2)
     """Number of documents that the generator makes (source `dummy`)."""
     max_documents: int | None = Field(default=None, ge=2)
@@ -45,6 +50,20 @@ class DataParams(Section):
             found.append(
                 ("dataset", f"has no effect with data.source {self.source}: set data.source to hub or dataset to null")
             )
+        return [*found, *self._column_problems()]
+
+    def _column_problems(self) -> list[tuple[str, str]]:
+        found = []
+        for key, other in (("ids_column", "labels_column"), ("labels_column", "ids_column")):
+            if getattr(self, key) is None and getattr(self, other) is not None:
+                found.append((key, f"expected the name of a column, because data.{other} is given"))
+        if self.ids_column is None:
+            return found
+        if self.source not in ("files", "hub"):
+            found.append(("ids_column", f"no column of data.source {self.source}: expected the source files or hub"))
+        for key in ("text_column", "min_chars"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                found.append((key, "has no effect with data.ids_column, which stands for the text: leave it out"))
         return found
 
 
@@ -58,9 +77,15 @@ class TokenizerParams(Section):
     """Number of token ids of a trained `bpe` tokenizer, at least 258, or the most characters that `char` keeps (null:
     all). Must be null for the others."""
     name: str | None = None
-    """Local directory or hub name for `AutoTokenizer` (type `pretrained`)."""
+    """Local directory or hub name for `AutoTokenizer` (type `pretrained`; null: the tokenizer of the model that
+    `model.embeddings.source` or `model.head.source` names)."""
     train_chars: int = Field(default=100_000_000, ge=1)
     """A trained tokenizer sees at most this many characters of the corpus."""
+
+    @property
+    def takes_along(self) -> bool:
+        """Whether it is the tokenizer of the model that the embeddings or the head come from."""
+        return self.type == "pretrained" and self.name is None
 
     def problems(self) -> list[tuple[str, str]]:
         """What does not fit the type."""
@@ -71,8 +96,6 @@ class TokenizerParams(Section):
             )
         if self.type in ("byte", "pretrained") and self.vocab_size is not None:
             found.append(("vocab_size", f"has no effect with tokenizer.type {self.type}: set it to null"))
-        if self.type == "pretrained" and not self.name:
-            found.append(("name", "expected a directory or a hub name, because tokenizer.type is pretrained"))
         if self.type != "pretrained" and self.name is not None:
             found.append(
                 ("name", f"has no effect with tokenizer.type {self.type}: set type to pretrained or name to null")

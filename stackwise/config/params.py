@@ -16,7 +16,7 @@ from stackwise.config.compute import ActivationsParams, ComputeParams, TrunkPara
 from stackwise.config.data import DataParams, TokenizerParams
 from stackwise.config.evaluation import EvaluateParams, ReportParams
 from stackwise.config.model import ModelParams
-from stackwise.config.objective import ObjectiveParams
+from stackwise.config.objective import MASKED, MASKING, ObjectiveParams
 from stackwise.config.section import Section
 from stackwise.config.tracking import TrackingParams
 from stackwise.config.training import (
@@ -80,8 +80,19 @@ class Params(Section):
 
     def stack_params(self, k: int) -> StackParams:
         """The parameters of stack `k`: the defaults with its overrides."""
-        overrides = self.stacks[k].model_dump(exclude_none=True) if k < len(self.stacks) else {}
-        return self.stack.model_copy(update=overrides)
+        if k >= len(self.stacks):
+            return self.stack
+        return self.stack.model_copy(update=self.stacks[k].model_dump(exclude_none=True, exclude={"attention", "mlp"}))
+
+    def stack_model(self, k: int) -> ModelParams:
+        """The architecture of stack `k`: `model` with its overrides."""
+        overrides = self.stacks[k] if k < len(self.stacks) else StackOverrides()
+        update: dict[str, Any] = {}
+        if overrides.attention is not None:
+            update["attention"] = self.model.attention.overridden(overrides.attention)
+        if overrides.mlp is not None:
+            update["mlp"] = self.model.mlp.overridden(overrides.mlp)
+        return self.model.model_copy(update=update)
 
     def problems(self) -> list[tuple[str, str]]:
         """What does not fit together across sections."""
@@ -95,6 +106,10 @@ class Params(Section):
                         f"the last stack is {self.n_stacks - 1}",
                     )
                 )
+        found += self._override_problems()
+        found += self._tokenizer_problems()
+        found += self._objective_problems()
+        found += self._time_problems()
         if self.stacks and self.stacks[0].init == "copy":
             found.append(("stacks.0.init", "the first stack has none below it to copy: expected random or zero"))
         sizes = {"stack.batch_size": self.stack.batch_size, "joint.batch_size": self.joint.batch_size}
@@ -105,6 +120,101 @@ class Params(Section):
         for path, size in sizes.items():
             if size % self.optimizer.accumulate:
                 found.append((path, f"expected a multiple of optimizer.accumulate ({self.optimizer.accumulate})"))
+        return found
+
+    def _objective_problems(self) -> list[tuple[str, str]]:
+        """An objective that does not fit the data, the branches or the times of the stacks."""
+        own, found = self.objective, []
+        if own.type in MASKED or self.fine_tune.diffusion is not None:
+            unused: tuple[str, ...] = ()
+        else:  # one variant is what there is without masks
+            unused = tuple(key for key in MASKING if key != "variants" or own.variants != 1)
+        for key in own.changed(unused):
+            message = f"has no effect with objective.type {own.type} and without fine_tune.diffusion: leave it out"
+            found.append((f"objective.{key}", message))
+        if own.by_depth and own.type not in MASKED and not unused:
+            message = f"has no effect by depth with objective.type {own.type}, which masks nothing: leave it out"
+            found.append(("objective.schedule", message))
+        if (own.type == "custom") != (self.data.ids_column is not None):
+            message = "expected the name of a column if objective.type is custom, else null"
+            found.append(("data.ids_column", message))
+        if own.type == "custom":
+            if self.tokenizer.type not in ("byte", "pretrained"):
+                message = "expected byte or pretrained, because with objective.type custom documents are ids, not text"
+                found.append(("tokenizer.type", message))
+            for branch in FineTuneParams.model_fields:
+                if getattr(self.fine_tune, branch) is not None:
+                    message = "expected null, because with objective.type custom the documents are not whole texts"
+                    found.append((f"fine_tune.{branch}", message))
+        return found
+
+    def _time_problems(self) -> list[tuple[str, str]]:
+        """Times of the stacks that do not fit the objective or the stacks."""
+        own, time, found = self.objective, self.model.time, []
+        by_depth = own.by_depth or (time.mode == "depth" and time.mapping != "custom")
+        if own.schedule_stacks is not None:
+            if not by_depth:
+                message = "has no effect where no mask rate goes by depth: leave it out"
+                found.append(("objective.schedule_stacks", message))
+            elif own.schedule_stacks < self.n_stacks:
+                found.append(("objective.schedule_stacks", f"expected at least n_stacks ({self.n_stacks})"))
+        if time.mode != "none" and own.type not in MASKED:
+            found.append(("model.time.mode", f"expected none: objective.type {own.type} masks nothing, there is no t"))
+        if time.mode == "depth":
+            if own.schedule is not None:
+                message = "cannot be with model.time.mode depth, which gives each stack its mask rate: leave one out"
+                found.append(("objective.schedule", message))
+            if time.mapping == "custom" and len(time.time_per_stack) < self.n_stacks:
+                message = f"expected a t for each of the n_stacks ({self.n_stacks}) stacks"
+                found.append(("model.time.time_per_stack", message))
+        if time.sampling == "batch":
+            path, without = "model.time.sampling", ": leave it out"
+            if own.type not in MASKED and self.fine_tune.diffusion is None:
+                found.append((path, f"has no effect with objective.type {own.type}, which masks nothing{without}"))
+            elif own.schedule is not None:
+                found.append((path, f"has no effect with objective.schedule, which sets t{without}"))
+            elif own.masks == "pool":
+                found.append((path, f"cannot be batch with objective.masks pool: its masks would be equal{without}"))
+            for k, stack in enumerate(self.stacks):
+                if stack.batch_size not in (None, self.stack.batch_size):
+                    message = f"expected that of stack ({self.stack.batch_size}), because model.time.sampling is batch"
+                    found.append((f"stacks.{k}.batch_size", f"{message}: all stacks see the same batches"))
+        return found
+
+    def _tokenizer_problems(self) -> list[tuple[str, str]]:
+        """A tokenizer whose ids are not those of the pretrained matrices, or none at all."""
+        sections = {"model.embeddings.source": self.model.embeddings, "model.head.source": self.model.head}
+        sources = [(key, section.source) for key, section in sections.items() if section.source is not None]
+        tokenizer = self.tokenizer
+        if not sources:
+            if tokenizer.type != "pretrained" or tokenizer.name:
+                return []
+            message = "expected a directory or a hub name, because tokenizer.type is pretrained and model has no source"
+            return [("tokenizer.name", message)]
+        (key, source), *others = sources
+        rows = f"the rows of {key} ({source}) belong to the ids of its own tokenizer"
+        found = [(other, f"expected {source} as in {key}: {rows}") for other, its in others if its != source]
+        if tokenizer.type != "pretrained":
+            found.append(("tokenizer.type", f"expected pretrained, with tokenizer.name null, because {rows}"))
+        elif tokenizer.name not in (None, source):
+            found.append(("tokenizer.name", f"expected null, because {rows}"))
+        return found
+
+    def _override_problems(self) -> list[tuple[str, str]]:
+        """Architectures of single stacks that cannot be, or that cannot copy the stack below."""
+        found = []
+        models = [self.stack_model(k) for k in range(min(len(self.stacks) + 1, self.n_stacks))]
+        for k, model in enumerate(models):
+            given = self.stacks[k] if k < len(self.stacks) else StackOverrides()
+            for name in ("attention", "mlp"):
+                if getattr(given, name) is not None:
+                    section: Section = getattr(model, name)
+                    found += [(f"stacks.{k}.{name}.{key}", message) for key, message in section.problems()]
+            if given.attention is not None and not model.attention.problems():
+                found += [(f"stacks.{k}.{key}", message) for key, message in model.problems()]
+            if k and self.stack_params(k).init == "copy" and not model.same_weights(models[k - 1]):
+                message = f"stack {k} has other weights than stack {k - 1}, which it cannot copy"
+                found.append((f"stacks.{k}.init", f"{message}: expected random or zero"))
         return found
 
 
@@ -295,21 +405,21 @@ def _section_at(loc: Iterable[int | str]) -> type[Section] | None:
     for part in loc:
         if found is None or isinstance(part, int):
             continue
-        found = _section_of(found.model_fields[part].annotation) if part in found.model_fields else None
+        found = section_of(found.model_fields[part].annotation) if part in found.model_fields else None
     return found
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
+def section_of(annotation: Any) -> type[Section] | None:
     """The section class in an annotation such as `X`, `X | None` or `list[X]`."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next(filter(None, map(_section_of, get_args(annotation))), None)
+    return next(filter(None, map(section_of, get_args(annotation))), None)
 
 
 def _paths_of(key: str, section: type[Section] = Params, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Paths of the sections that know `key`."""
     for name, field in section.model_fields.items():
-        if (inner := _section_of(field.annotation)) is not None:
+        if (inner := section_of(field.annotation)) is not None:
             if key in inner.model_fields:
                 yield (*path, name)
             yield from _paths_of(key, inner, (*path, name))

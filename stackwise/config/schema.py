@@ -4,16 +4,20 @@ python -m stackwise.config.schema            write docs/params.schema.json and d
 python -m stackwise.config.schema --check    exit with 1 if they differ from the definitions
 """
 
+import ast
+import inspect
 import json
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
 from stackwise.config.allowed import Schema, as_yaml, dereference, in_words
-from stackwise.config.params import Params
+from stackwise.config.params import Params, section_of
+from stackwise.config.section import Section
 from stackwise.errors import UserError
 
 DOCS = Path("docs")
@@ -35,7 +39,36 @@ Numbers with an exponent need a point and a sign, as in `1.0e-4`: YAML takes `1e
 def json_schema() -> Schema:
     """The JSON schema of params.yaml."""
     schema = Params.model_json_schema(schema_generator=_Generator)
+    for section in _sections(Params):
+        part = schema if section is Params else schema["$defs"][section.__name__]
+        for name, meaning in meanings(section).items():
+            part["properties"][name]["description"] = meaning
     return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "params.yaml of StackWise"}
+
+
+def meanings(section: type[Section]) -> dict[str, str]:
+    """The docstring of each key of a section, those of its base classes too."""
+    found = {}
+    for base in reversed(section.__mro__):
+        if base is not Section and issubclass(base, Section):
+            body = ast.parse(inspect.getsource(base)).body[0]
+            assert isinstance(body, ast.ClassDef)
+            for key, text in pairwise(body.body):
+                if (
+                    isinstance(key, ast.AnnAssign)
+                    and isinstance(text, ast.Expr)
+                    and isinstance(text.value, ast.Constant)
+                ):
+                    found[ast.unparse(key.target)] = inspect.cleandoc(str(text.value.value))
+    return found
+
+
+def _sections(section: type[Section]) -> Iterator[type[Section]]:
+    """A section's class and those of all sections within it."""
+    yield section
+    for field in section.model_fields.values():
+        if (inner := section_of(field.annotation)) is not None:
+            yield from _sections(inner)
 
 
 def reference() -> str:

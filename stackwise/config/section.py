@@ -6,9 +6,8 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A mapping of `params.yaml`: immutable, no unknown keys, no silent conversion between types."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    # What the docstrings of the keys say is for the reference (`schema`): pydantic would read them in every process.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def problems(self) -> list[tuple[str, str]]:
         """Combinations of this section's own values that cannot be, as (key within the section, message)."""

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from stackwise.config.model import AttentionParams, MLPParams
 from stackwise.config.section import Section
 
 Init = Literal["copy", "zero", "random"]
@@ -38,6 +39,10 @@ class StackOverrides(Section):
     """Peak learning rate of this stack."""
     init: Init | None = None
     """Initial weights of this stack."""
+    attention: AttentionParams | None = None
+    """The keys of `model.attention` that are different in this stack; another `type` keeps only keys that it uses."""
+    mlp: MLPParams | None = None
+    """The keys of `model.mlp` that are different in this stack."""
 
 
 class OptimizerParams(Section):
@@ -101,6 +106,18 @@ class MLMParams(BranchParams):
 
     mask_rate: float = Field(default=0.15, gt=0, le=1)
     """Share of the tokens that is masked."""
+    unit: Literal["token", "word"] = "token"
+    """What is masked: single tokens, or whole words."""
+    random_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the masked tokens that show a random token instead of the mask (BERT: 0.1)."""
+    keep_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the masked tokens that show themselves (BERT: 0.1)."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Shares of more than all masked tokens."""
+        if self.random_share + self.keep_share > 1:
+            return [("keep_share", f"expected at most {1 - self.random_share:g}, what random_share leaves")]
+        return []
 
 
 class FineTuneParams(Section):

@@ -1,4 +1,7 @@
-"""The corpus: documents cleaned, freed of duplicates and split into train and validation."""
+"""The corpus: documents cleaned, freed of duplicates and split into train and validation.
+
+A document is text, or token ids with labels. What is written of it is a line of JSON: `{"text"}`, `{"ids", "labels"}`.
+"""
 
 import hashlib
 import json
@@ -74,6 +77,55 @@ def write_corpus(
     Raises:
         UserError: a split is empty, or the source cannot be read.
     """
+
+    def lines() -> Iterator[tuple[dict[str, Any], bytes] | None]:
+        for raw in texts:
+            text = clean(raw)
+            yield ({"text": text}, text.encode()) if len(text) >= params.min_chars else None
+
+    return _write(lines(), directory, params=params, seed=seed, progress=progress)
+
+
+def write_labelled_corpus(
+    documents: Iterator[tuple[list[int], list[int]]],
+    directory: Path,
+    *,
+    params: DataParams,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Deduplicate and split documents of token ids with labels, as `write_corpus` does text.
+
+    Args:
+        documents: the ids and labels of each, as many; of equal ones the first is kept, empty ones are dropped.
+        directory: where the two files go; it exists.
+        params: the section `data`: `validation_fraction` counts here.
+        seed: of the split.
+        progress: called now and then with the number of documents read so far.
+
+    Returns:
+        As `write_corpus`, with `"labelled": True`; the bytes are those of the ids and labels as text.
+
+    Raises:
+        UserError: a split is empty, or the source cannot be read.
+    """
+
+    def lines() -> Iterator[tuple[dict[str, Any], bytes] | None]:
+        for ids, labels in documents:
+            yield ({"ids": ids, "labels": labels}, json.dumps([ids, labels]).encode()) if ids else None
+
+    return {**_write(lines(), directory, params=params, seed=seed, progress=progress), "labelled": True}
+
+
+def _write(
+    lines: Iterator[tuple[dict[str, Any], bytes] | None],
+    directory: Path,
+    *,
+    params: DataParams,
+    seed: int,
+    progress: Callable[[int], None] | None,
+) -> dict[str, Any]:
+    """Write documents, each given as its line and as what makes it equal to another; None is one that is too short."""
     kept = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
     read = dropped_short = dropped_duplicates = 0
     with ExitStack() as stack:
@@ -86,20 +138,19 @@ def write_corpus(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;"  # KiB
             "CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN;"
         )
-        for read, raw in enumerate(texts, start=1):
+        for read, document in enumerate(lines, start=1):
             if progress and read % PROGRESS_EVERY == 0:
                 progress(read)
-            text = clean(raw)
-            if len(text) < params.min_chars:
+            if document is None:
                 dropped_short += 1
                 continue
-            encoded = text.encode()
+            line, encoded = document
             digest = hashlib.blake2b(encoded, digest_size=16).digest()
             if not seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount:
                 dropped_duplicates += 1
                 continue
             split = split_of(digest, seed=seed, validation_fraction=params.validation_fraction)
-            files[split].write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            files[split].write(json.dumps(line, ensure_ascii=False) + "\n")
             kept[split]["documents"] += 1
             kept[split]["bytes"] += len(encoded)
     if progress:
@@ -112,6 +163,10 @@ def write_corpus(
 def _check_splits(facts: dict[str, Any], read: int, params: DataParams) -> None:
     documents = {split: facts[split]["documents"] for split in SPLITS}
     total = sum(documents.values())
+    if not total and params.ids_column:
+        raise UserError(
+            f"data.ids_column = {params.ids_column}: all {read} documents are empty; give it some that are not"
+        )
     if not total:
         raise UserError(
             f"data.source = {params.source}: no text is left of {read} documents: {facts['dropped_short']} "
@@ -127,7 +182,18 @@ def _check_splits(facts: dict[str, Any], read: int, params: DataParams) -> None:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a file that `write_corpus` has written, in its order."""
+    """The texts of a file that `write_corpus` has written, in its order."""
+    for line in _read_lines(path):
+        yield line["text"]
+
+
+def read_labelled_documents(path: Path) -> Iterator[tuple[list[int], list[int]]]:
+    """The ids and labels of a file that `write_labelled_corpus` has written, in its order."""
+    for line in _read_lines(path):
+        yield line["ids"], line["labels"]
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="\n") as file:
         for line in file:
-            yield json.loads(line)["text"]
+            yield json.loads(line)

@@ -36,10 +36,52 @@ def documents(params: DataParams, seed: int) -> Iterator[str]:
     source: Callable[[], Iterator[str]] = {
         "python-docs": python_docs,
         "files": lambda: _file_documents(params),
-        "hub": lambda: _hub_documents(params),
+        "hub": lambda: _column(_hub_rows(params), params.text_column),
         "dummy": lambda: islice(dummy_documents(seed), params.dummy_documents),
     }[params.source]
     return islice(source(), params.max_documents)
+
+
+def labelled_documents(params: DataParams) -> Iterator[tuple[list[int], list[int]]]:
+    """Documents that are token ids with a label for each, one at a time, in the same order every time.
+
+    Args:
+        params: the section `data`; `ids_column` and `labels_column` name the columns, the source is `files` or `hub`.
+
+    Raises:
+        UserError: while iterating: the source is missing or unreadable, or a row holds something else.
+    """
+    assert params.ids_column is not None
+    assert params.labels_column is not None
+    columns = (params.ids_column, params.labels_column)
+    if params.source == "hub":
+        rows = _hub_rows(params)
+    else:
+        rows = (row for file in find_files(params.files) for row in _labelled_rows(file))
+    for number, (where, row) in enumerate(islice(rows, params.max_documents)):
+        ids, labels = (_integers(row, column, f"document {number} of {where}") for column in columns)
+        if len(ids) != len(labels):
+            raise UserError(
+                f"data.labels_column = {columns[1]}: document {number} of {where} has {len(labels)} labels for "
+                f"{len(ids)} ids, expected one each: -100 where there is no target"
+            )
+        yield ids, labels
+
+
+def _labelled_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    if file.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"data.files: {file} cannot hold lists of ids; expected .jsonl or .parquet: narrow the glob")
+    return _table_rows(file)
+
+
+def _integers(row: Any, column: str, where: str) -> list[int]:
+    """The integers that a row holds in a column; none where it is empty."""
+    if column not in row:
+        raise UserError(f"data: {where} has no column {column}; its columns are {', '.join(map(str, row))}")
+    values = row[column] or []
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise UserError(f"data: {where} holds {str(values)[:40]!r} in column {column}, expected a list of integers")
+    return values
 
 
 # --- python-docs
@@ -131,7 +173,7 @@ def _file_documents(params: DataParams) -> Iterator[str]:
         if file.suffix == ".txt":
             yield from _text_documents(file)
         else:
-            yield from _table_documents(file, params.text_column)
+            yield from _column(_table_rows(file, params.text_column), params.text_column)
 
 
 def _text_documents(file: Path) -> Iterator[str]:
@@ -161,7 +203,8 @@ def _end_of_piece(text: str) -> int:
     return len(text)
 
 
-def _table_documents(file: Path, column: str) -> Iterator[str]:
+def _table_rows(file: Path, text_column: str | None = None) -> Iterator[tuple[str, Any]]:
+    """What it is called, and each row of a table as a mapping of its columns."""
     if file.suffix == ".jsonl" and file.stat().st_size == 0:  # valid, though `datasets` fails on it
         return
     import datasets
@@ -169,7 +212,7 @@ def _table_documents(file: Path, column: str) -> Iterator[str]:
     options: dict[str, Any] = {}
     if file.suffix == ".csv":
         # text stays text, also where it says 12 or NA
-        options = {"converters": {column: str}, "keep_default_na": False, "chunksize": 1000}
+        options = {"converters": {text_column: str}, "keep_default_na": False, "chunksize": 1000}
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would print is in the error below
     try:
         rows = datasets.load_dataset(
@@ -179,9 +222,8 @@ def _table_documents(file: Path, column: str) -> Iterator[str]:
             streaming=True,
             **options,
         )
-        yield from _column(rows, column, str(file))
-    except UserError:
-        raise
+        for row in rows:
+            yield str(file), row
     except Exception as error:  # each reader fails in its own ways
         raise UserError(
             f"data.files: {file} cannot be read as {file.suffix} ({_first_line(error)}); repair it or leave it out"
@@ -191,16 +233,15 @@ def _table_documents(file: Path, column: str) -> Iterator[str]:
 # --- hub
 
 
-def _hub_documents(params: DataParams) -> Iterator[str]:
+def _hub_rows(params: DataParams) -> Iterator[tuple[str, Any]]:
+    """What it is called, and each row of the data set as a mapping of its columns."""
     import datasets
 
     name, _, configuration = (params.dataset or "").partition(":")
     where = f"data.dataset = {params.dataset}, data.split = {params.split}"
     try:
-        rows = datasets.load_dataset(name, configuration or None, split=params.split, streaming=True)
-        yield from _column(rows, params.text_column, f"the data set {params.dataset}")
-    except UserError:
-        raise
+        for row in datasets.load_dataset(name, configuration or None, split=params.split, streaming=True):
+            yield f"the data set {params.dataset}", row
     except Exception as error:  # network, hub and file formats fail in their own ways
         raise UserError(
             f"{where}: cannot be read ({_first_line(error)}); check the names (dataset or "
@@ -208,9 +249,9 @@ def _hub_documents(params: DataParams) -> Iterator[str]:
         ) from error
 
 
-def _column(rows: Any, column: str, where: str) -> Iterator[str]:
+def _column(rows: Iterator[tuple[str, Any]], column: str) -> Iterator[str]:
     """The texts of one column; a row without one gives an empty document, which cleaning drops and counts."""
-    for row in rows:
+    for where, row in rows:
         if column not in row:
             columns = ", ".join(map(str, row))
             raise UserError(f"data.text_column = {column}: no column of {where}; its columns are {columns}")

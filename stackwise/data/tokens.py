@@ -1,4 +1,4 @@
-"""Token files: a 1-D .npy of ids for each split, cut into samples of equal length without copying."""
+"""Token files: a 1-D .npy of ids for each split, and perhaps one of labels, cut into samples without copying."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from stackwise.artifacts.manifest import Artifact
 from stackwise.errors import UserError
 
 KIND = "tokens"
-TOKENIZER = "tokenizer"
+TOKENIZER, WORD_STARTS = "tokenizer", "word_starts.npy"
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,13 @@ class Vocabulary:
 class TokenDataset:
     """Consecutive samples of equal length in a token file, which stays on disk; the rest is left out."""
 
-    def __init__(self, path: Path, seq_len: int) -> None:
+    def __init__(self, path: Path, seq_len: int, labels: Path | None = None) -> None:
         """Open a token file.
 
         Args:
             path: a 1-D .npy of ids.
             seq_len: tokens of a sample.
+            labels: one of the same length with the label of each position, -100 where there is none.
 
         Raises:
             UserError: the file holds not even one sample.
@@ -50,6 +51,9 @@ class TokenDataset:
             )
         self.seq_len = seq_len
         self._samples = tokens[: n * seq_len].reshape(n, seq_len)
+        self._labels = None
+        if labels is not None:
+            self._labels = np.load(labels, mmap_mode="r")[: n * seq_len].reshape(n, seq_len)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -60,6 +64,17 @@ class TokenDataset:
         samples: NDArray[np.int64] = self._samples[indices].astype(np.int64)
         return samples
 
+    def labels(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The labels of the samples `indices`, `[n, seq_len]`; -100 where there is none.
+
+        Raises:
+            UserError: the documents came without labels.
+        """
+        if self._labels is None:
+            raise UserError("data.labels_column = null: the corpus has no labels, which objective.type custom needs")
+        labels: NDArray[np.int64] = self._labels[indices].astype(np.int64)
+        return labels
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -69,11 +84,17 @@ class Tokens:
     validation: TokenDataset
     vocabulary: Vocabulary
     counts: NDArray[np.int64]
-    """How often each id occurs in the training tokens, `[V]`."""
+    """How often each id occurs in the training tokens, or among their labels where these are given, `[V]`."""
     bytes_per_token: float
     """UTF-8 bytes of the validation documents by their tokens (ends of texts are tokens of no bytes)."""
     tokenizer: Path
     """Directory for `AutoTokenizer.from_pretrained`."""
+
+    @property
+    def word_starts(self) -> NDArray[np.bool_]:
+        """Which ids begin a word, `[V]`."""
+        starts: NDArray[np.bool_] = np.load(self.tokenizer.with_name(WORD_STARTS))
+        return starts
 
 
 def open_tokens(artifact: Artifact, seq_len: int) -> Tokens:
@@ -83,9 +104,14 @@ def open_tokens(artifact: Artifact, seq_len: int) -> Tokens:
         UserError: a split holds not even one sample.
     """
     facts = artifact.facts
+
+    def split(name: str) -> TokenDataset:
+        labels = artifact.path / f"{name}_labels.npy" if facts.get("labelled") else None
+        return TokenDataset(artifact.path / f"{name}.npy", seq_len, labels)
+
     return Tokens(
-        train=TokenDataset(artifact.path / "train.npy", seq_len),
-        validation=TokenDataset(artifact.path / "validation.npy", seq_len),
+        train=split("train"),
+        validation=split("validation"),
         vocabulary=Vocabulary(size=facts["vocab_size"], eos_id=facts["eos_id"]),
         counts=np.load(artifact.path / "counts.npy"),
         bytes_per_token=facts["validation"]["bytes"] / facts["validation"]["tokens"],

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import TokenDataset
 from stackwise.growth.window import Batch
+from stackwise.model.context import segments_of_documents
 from stackwise.objectives.targets import Objective
 
 
@@ -20,12 +22,27 @@ class TokenBatches:
     objective: Objective
     batch_size: int
     accumulate: int
+    eos_id: int | None = None
+    """End of a text, if attention stays within documents."""
 
     def __call__(self, step: int) -> list[Batch]:
         """The micro-batches of a step (from 0)."""
         samples, epochs = self.order.at(step * self.batch_size, self.batch_size)
-        batches = []
-        for part in np.split(np.arange(self.batch_size), self.accumulate):
-            inputs, targets = self.objective(self.tokens.samples(samples[part]), samples[part], epochs[part])
-            batches.append(Batch(torch.from_numpy(inputs), targets))
-        return batches
+        parts = np.split(np.arange(self.batch_size), self.accumulate)
+        return [self.batch(samples[part], epochs[part]) for part in parts]
+
+    def batch(self, samples: np.ndarray, variants: np.ndarray, activations: Tensor | None = None) -> Batch:
+        """What a window sees of some samples under some mask variants.
+
+        Args:
+            samples, variants: `[n]`.
+            activations: what stands for the masked tokens, where the window does not read them itself.
+        """
+        tokens = self.tokens.samples(samples)
+        task = self.objective(tokens, samples, variants)
+        return Batch(
+            torch.from_numpy(task.inputs) if activations is None else activations,
+            task.targets,
+            torch.from_numpy(task.times.astype(np.float32)),
+            None if self.eos_id is None else segments_of_documents(torch.from_numpy(tokens), self.eos_id),
+        )

@@ -4,10 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
-from stackwise.model.rack import Rack, RackShape
+from stackwise.model.rack import Rack, RackShape, empty_rack
 
 KIND = "rack"
 WEIGHTS, SHAPE, TOKENIZER = "model.safetensors", "rack.json", "tokenizer"
@@ -22,9 +21,7 @@ def save_rack(directory: Path, rack: Rack, tokenizer: Path) -> None:
 
 def load_rack(directory: Path) -> Rack:
     """The rack that `save_rack` wrote, in fp32."""
-    shape = RackShape.from_json(json.loads((directory / SHAPE).read_text()))
-    with torch.device("meta"):
-        rack = Rack(shape)
+    rack = empty_rack(RackShape.from_json(json.loads((directory / SHAPE).read_text())))
     # assign keeps requires_grad as the modules have set it
     rack.load_state_dict(load_file(directory / WEIGHTS), assign=True)
     return rack

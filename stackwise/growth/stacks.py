@@ -1,21 +1,21 @@
 """Trained stacks on disk, and the new stack that grows on top of one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stackwise.artifacts.manifest import Artifact
-from stackwise.config.model import ModelParams
-from stackwise.config.training import StackParams
+from stackwise.config.training import Init
 from stackwise.errors import UserError
 from stackwise.growth.window import Window
+from stackwise.model.embeddings import Embeddings
 from stackwise.model.init import initialize
-from stackwise.model.rack import Head, Rack, RackShape
+from stackwise.model.pretrained import find_matrices
+from stackwise.model.rack import Head, Rack, RackShape, empty_rack
 from stackwise.model.stack import Stack
 
 KIND = "stack"
@@ -41,18 +41,15 @@ class TrainedStack:
 
     def load_stack(self) -> Stack:
         """The stack in fp32."""
-        return _loaded(Stack(self.shape.model, self.shape.blocks[0]), self.artifact.path / _STACK)
+        return _loaded(self.shape.build_stack(0), self.artifact.path / _STACK)
 
-    def load_head(self, embeddings: nn.Embedding | None) -> Head:
+    def load_head(self, embeddings: Embeddings | None) -> Head:
         """The final norm and head as they were after this stack; tied to `embeddings` if the model ties them."""
-        shape = self.shape
-        tied_to = embeddings if shape.model.tie_embeddings else None
-        return _loaded(Head(shape.model, shape.vocab_size, tied_to), self.artifact.path / _HEAD)
+        return _loaded(self.shape.build_head(embeddings), self.artifact.path / _HEAD)
 
-    def load_embeddings(self) -> nn.Embedding:
+    def load_embeddings(self) -> Embeddings:
         """The embeddings (only stack 0 has them)."""
-        shape = self.shape
-        return _loaded(nn.Embedding(shape.vocab_size + 1, shape.model.d_model), self.artifact.path / _EMBEDDINGS)
+        return _loaded(self.shape.build_embeddings(), self.artifact.path / _EMBEDDINGS)
 
 
 def save_stack(directory: Path, window: Window, *, index: int, shape: RackShape) -> dict[str, Any]:
@@ -69,44 +66,52 @@ def save_stack(directory: Path, window: Window, *, index: int, shape: RackShape)
 def new_window(
     index: int,
     *,
-    model: ModelParams,
-    params: StackParams,
-    vocab_size: int,
+    shape: RackShape,
+    init: Init,
     seed: int,
     below: TrainedStack | None,
     first: TrainedStack | None,
+    with_embeddings: bool = False,
 ) -> Window:
     """The window in which stack `index` trains when a rack grows by appending.
 
     Head and final norm are carried over from the stack below and keep training. Embeddings train with the first stack
-    and are frozen after it, and with them a head that is tied to them.
+    and are frozen after it, and with them a head that is tied to them. Matrices that come from another model are read
+    for the first stack; of a frozen one the adapter trains in its place.
 
     Args:
         index: place of the new stack, from 0.
-        model, params: architecture and the stack's own parameters.
-        vocab_size: V.
+        shape: of the rack of this one stack.
+        init: how its weights start.
         seed: of the pipeline.
         below: stack `index - 1` (None for the first).
-        first: stack 0, for tied embeddings (may be None where they are untied).
+        first: stack 0, for its embeddings (may be None where none are needed).
+        with_embeddings: whether the window needs embeddings even if its head is not tied to them.
+
+    Raises:
+        UserError: the stack below does not fit, or a pretrained matrix cannot be used.
     """
-    stack = Stack(model, params.blocks)
+    stack = shape.build_stack(0)
     initialize(stack, name=f"stacks.{index}", seed=seed)
-    embeddings: nn.Embedding | None
+    embeddings: Embeddings | None
     if below is None:
-        embeddings = nn.Embedding(vocab_size + 1, model.d_model)
+        embeddings = shape.build_embeddings()
         initialize(embeddings, name="embeddings", seed=seed)
-        head = Head(model, vocab_size, embeddings if model.tie_embeddings else None)
+        head = shape.build_head(embeddings)
         initialize(head, name="head", seed=seed)
+        for matrix in find_matrices(shape.model):
+            part = embeddings if matrix.key == "model.embeddings" else head
+            part.take(matrix.read(shape.vocab_size))
     else:
-        _check_continues(below, index, model, vocab_size)
+        _check_continues(below, index, shape)
         embeddings = None
-        if model.tie_embeddings:
+        if shape.model.tie_embeddings or with_embeddings:
             assert first is not None
             embeddings = first.load_embeddings().requires_grad_(False)
         head = below.load_head(embeddings)
-        if params.init == "copy":
+        if init == "copy":
             _copy_blocks(below.load_stack(), stack)
-    if params.init == "zero":
+    if init == "zero":
         _zero_outputs(stack)
     return Window([stack], head, embeddings)
 
@@ -119,15 +124,13 @@ def fuse(stacks: list[TrainedStack]) -> Rack:
     """
     first, last = stacks[0], stacks[-1]
     for index, (below, above) in enumerate(pairwise(stacks), 1):
-        _check_continues(below, index, above.shape.model, above.shape.vocab_size)
+        _check_continues(below, index, above.shape)
         if above.artifact.inputs.get("below") != below.artifact.digest:
             raise UserError(
                 f"{above.artifact.path}: was trained on another stack {below.index} than the one in "
                 f"{below.artifact.path}; run `dvc repro` or `snakemake`, which train it again"
             )
-    shape = RackShape(first.shape.model, tuple(s.shape.blocks[0] for s in stacks), first.shape.vocab_size)
-    with torch.device("meta"):
-        rack = Rack(shape)
+    rack = empty_rack(replace(first.shape, stacks=tuple(s.shape.stacks[0] for s in stacks)))
     embeddings = first.load_embeddings()
     rack.embeddings = embeddings
     rack.stacks = nn.ModuleList(s.load_stack() for s in stacks)
@@ -135,8 +138,8 @@ def fuse(stacks: list[TrainedStack]) -> Rack:
     return rack
 
 
-def _check_continues(below: TrainedStack, index: int, model: ModelParams, vocab_size: int) -> None:
-    if (below.index, below.shape.model, below.shape.vocab_size) != (index - 1, model, vocab_size):
+def _check_continues(below: TrainedStack, index: int, shape: RackShape) -> None:
+    if below.index != index - 1 or replace(below.shape, stacks=()) != replace(shape, stacks=()):
         raise UserError(
             f"{below.artifact.path}: cannot stand below stack {index}: it is stack {below.index} of another "
             "architecture or vocabulary; run `dvc repro` or `snakemake`, which train what does not fit again"

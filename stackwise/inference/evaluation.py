@@ -9,10 +9,12 @@ import torch
 
 from stackwise.config.evaluation import EvaluateParams
 from stackwise.data.tokens import Tokens
+from stackwise.errors import UserError
+from stackwise.model.context import segments_of_documents
 from stackwise.model.rack import Rack
 from stackwise.objectives.loss import token_log_probabilities
 from stackwise.objectives.masks import draw_mask
-from stackwise.objectives.targets import CausalObjective, Targets, masked_targets
+from stackwise.objectives.targets import NO_TARGET, CausalObjective, CustomObjective, Task, masked_targets
 from stackwise.precision.dtypes import autocast
 
 Metrics = dict[str, Any]
@@ -28,11 +30,21 @@ class Evaluator:
     device: torch.device
     dtype: str
 
-    def unigram(self) -> Metrics:
-        """The baseline that knows only how often each token occurs in training (add-one smoothing)."""
+    def unigram(self, *, labelled: bool = False) -> Metrics:
+        """The baseline that knows only how often each token occurs in training (add-one smoothing).
+
+        Args:
+            labelled: whether it predicts the labels where there are any, instead of all tokens.
+
+        Raises:
+            UserError: the held-out documents have no labels.
+        """
         smoothed = self.tokens.counts + 1.0
-        nats = -np.log(smoothed / smoothed.sum())[self.tokens.validation.samples(self._chosen())]
-        return self._in_units(nats.mean(axis=1))
+        nats = -np.log(smoothed / smoothed.sum())
+        if not labelled:
+            return self._in_units(nats[self.tokens.validation.samples(self._chosen())].mean(axis=1))
+        of_samples = (own[own != NO_TARGET] for own in self.tokens.validation.labels(self._chosen()))
+        return self._in_units(np.array([nats[own].mean() for own in of_samples if len(own)]))
 
     def diffusion(self, rack: Rack) -> Metrics:
         """NELBO, and masked NLL and accuracy at fixed mask rates."""
@@ -45,11 +57,36 @@ class Evaluator:
         """NLL and accuracy of the next token with causal attention, over all positions that have one."""
         objective, nats, hits = CausalObjective(), [], []
         for samples in self._batches():
-            inputs, targets = objective(self.tokens.validation.samples(samples), samples, np.zeros_like(samples))
-            losses, right = self._score(rack, inputs, targets, causal=True)
+            tokens = self.tokens.validation.samples(samples)
+            losses, right = self._score(rack, objective(tokens, samples, np.zeros_like(samples)), tokens, causal=True)
             nats.append(losses.reshape(len(samples), -1).mean(axis=1))
             hits.append(right)
         return {**self._in_units(np.concatenate(nats)), "accuracy": float(np.concatenate(hits).mean())}
+
+    def labelled(self, rack: Rack, *, causal: bool) -> Metrics:
+        """NLL and accuracy of the labels that come with the held-out documents, over all positions that have one.
+
+        Args:
+            rack: the model.
+            causal: whether a position may only look back.
+
+        Raises:
+            UserError: the held-out documents have no labels.
+        """
+        objective, nats, hits = CustomObjective(self.tokens.validation, causal), [], []
+        for samples in self._batches():
+            tokens = self.tokens.validation.samples(samples)
+            task = objective(tokens, samples, np.zeros_like(samples))
+            losses, right = self._score(rack, task, tokens, causal=causal)
+            owner = task.targets.rows.numpy() // self._seq
+            nats += [losses[owner == i].mean() for i in np.unique(owner)]
+            hits.append(right)
+        if not nats:
+            raise UserError(
+                "data.labels_column: none of the held-out samples that are measured has a label; raise "
+                "evaluate.samples or data.validation_fraction, or give documents with labels"
+            )
+        return {**self._in_units(np.array(nats)), "accuracy": float(np.concatenate(hits).mean())}
 
     def _nelbo(self, rack: Rack) -> Metrics:
         """The negative evidence lower bound over mask rates (0, 1].
@@ -90,20 +127,21 @@ class Evaluator:
                 for rate, draw in zip(rates.tolist(), draws.tolist(), strict=True)
             ]
         )
-        inputs = np.where(mask, self.tokens.vocabulary.mask_id, tokens)
-        losses, hits = self._score(rack, inputs, masked_targets(tokens, mask, np.ones(len(tokens))), causal=False)
-        counts = mask.sum(axis=1)
+        inputs, counts = np.where(mask, self.tokens.vocabulary.mask_id, tokens), mask.sum(axis=1)
+        task = Task(inputs, masked_targets(tokens, mask, np.ones(len(tokens))), counts / self._seq)
+        losses, hits = self._score(rack, task, tokens, causal=False)
         starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
         return np.add.reduceat(losses, starts) / counts, hits
 
-    def _score(
-        self, rack: Rack, inputs: np.ndarray, targets: Targets, *, causal: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _score(self, rack: Rack, task: Task, tokens: np.ndarray, *, causal: bool) -> tuple[np.ndarray, np.ndarray]:
         """Cross-entropy of each target (nats, fp64) and whether it was the likeliest token."""
-        on_device = targets.to(self.device)
+        on_device, segments = task.targets.to(self.device), None
+        if rack.shape.model.document_mask:
+            segments = segments_of_documents(torch.from_numpy(tokens), self.tokens.vocabulary.eos_id).to(self.device)
+        times = torch.from_numpy(task.times.astype(np.float32)).to(self.device)
         with torch.inference_mode(), autocast(self.device, self.dtype):
-            x = rack(torch.from_numpy(inputs).to(self.device), causal=causal)
-            rows = rack.head.norm(x.reshape(-1, x.shape[-1])[on_device.rows])
+            x = rack(torch.from_numpy(task.inputs).to(self.device), causal=causal, times=times, segments=segments)
+            rows = rack.head.features(x.reshape(-1, x.shape[-1])[on_device.rows])
             log_probabilities, hits = token_log_probabilities(rows, rack.head.weight, on_device.tokens)
         return -log_probabilities.double().cpu().numpy(), hits.cpu().numpy()
 

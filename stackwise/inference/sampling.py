@@ -18,11 +18,12 @@ def sample_diffusion(
     Returns:
         Token ids `[n, seq]` int64 on the CPU.
     """
-    device = rack.embeddings.weight.device
+    device = rack.embeddings.mask.device
     tokens = torch.full((n, seq), mask_id, device=device)
     for step in range(steps):
         revealed = torch.rand((n, seq), generator=generator).to(device) < 1 / (steps - step)
-        tokens = torch.where((tokens == mask_id) & revealed, _draw(rack.logits(tokens), temperature, generator), tokens)
+        logits = rack.logits(tokens, times=torch.full((n,), 1 - step / steps, device=device))
+        tokens = torch.where((tokens == mask_id) & revealed, _draw(logits, temperature, generator), tokens)
     return tokens.cpu()
 
 
@@ -35,9 +36,10 @@ def sample_causal(
     Returns:
         Token ids `[n, seq - 1]` int64 on the CPU.
     """
-    tokens = torch.full((n, 1), first, device=rack.embeddings.weight.device)
+    tokens = torch.full((n, 1), first, device=rack.embeddings.mask.device)
+    cache = rack.new_cache(n, seq)
     while tokens.shape[1] < seq:
-        following = _draw(rack.head(rack(tokens, causal=True)[:, -1:]), temperature, generator)
+        following = _draw(rack.head(rack(tokens[:, -1:], causal=True, cache=cache)), temperature, generator)
         tokens = torch.cat((tokens, following), dim=1)
     return tokens[:, 1:].cpu()
 

@@ -1,29 +1,52 @@
 """Block and Stack: the residual stream goes in and comes out."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from stackwise.config.model import ModelParams
-from stackwise.model.attention import ATTENTION
-from stackwise.model.mlp import SwiGLU
+from stackwise.model.attention.registry import DecodingCache, build_attention
+from stackwise.model.context import Context
+from stackwise.model.mlp.registry import build_mlp
+from stackwise.model.norm import RMSNorm
+from stackwise.model.time import Modulation, TimeEmbedding
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer (Touvron et al. 2023, Llama).
+    """One pre-norm transformer layer (Touvron et al. 2023, Llama); with time conditioning AdaLN-zero at its two norms.
 
-    Time conditioning belongs at the two norms, adapters on the projections of `attention` and `mlp`.
+    Adapters belong on the projections of `attention` and `mlp`.
     """
 
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(params.d_model, eps=params.norm_eps)
-        self.attention = ATTENTION[params.attention.type](params)
-        self.mlp_norm = nn.RMSNorm(params.d_model, eps=params.norm_eps)
-        self.mlp = SwiGLU(params)
+        self.attention_norm = RMSNorm(params.d_model, params.norm_eps)
+        self.attention = build_attention(params)
+        self.mlp_norm = RMSNorm(params.d_model, params.norm_eps)
+        self.mlp = build_mlp(params)
+        timed = params.time.mode == "input"
+        self.modulation = Modulation(params.time.width, params.d_model) if timed else None
 
-    def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
-        """`[batch, seq, d_model]` -> `[batch, seq, d_model]`."""
-        x = x + self.attention(self.attention_norm(x), causal=causal)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: Tensor, context: Context | None = None, *, time: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """`[batch, seq, d_model]` -> `[batch, seq, d_model]`.
+
+        Args:
+            x: the residual stream.
+            context: what all blocks share; bidirectional without segments if None.
+            time: embedding of the mask rate `[batch, width]`, for a block with time conditioning.
+            cache: the block's decoding cache.
+        """
+        context = context or Context()
+        if self.modulation is None:
+            x = x + self.attention(self.attention_norm(x), context, cache)
+            return x + self.mlp(self.mlp_norm(x))
+        assert time is not None, "a block with time conditioning needs the embedding of t"
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation.parts(time)
+        x = x + gate * self.attention(self.attention_norm(x) * (1 + scale) + shift, context, cache)
+        return x + mlp_gate * self.mlp(self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift)
 
 
 class Stack(nn.Module):
@@ -32,9 +55,26 @@ class Stack(nn.Module):
     def __init__(self, params: ModelParams, n_blocks: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(params) for _ in range(n_blocks))
+        self.time = TimeEmbedding(params.time) if params.time.mode == "input" else None
 
-    def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
-        """Boundary k `[batch, seq, d_model]` -> boundary k + 1 `[batch, seq, d_model]`."""
-        for block in self.blocks:
-            x = block(x, causal=causal)
+    def forward(self, x: Tensor, context: Context | None = None, *, cache: list[DecodingCache] | None = None) -> Tensor:
+        """Boundary k `[batch, seq, d_model]` -> boundary k + 1 `[batch, seq, d_model]`.
+
+        Args:
+            x: the residual stream.
+            context: what all blocks share; bidirectional without segments if None.
+            cache: a decoding cache for each block, from `new_cache`.
+        """
+        context = context or Context()
+        time = None
+        if self.time is not None:
+            # Text without masks, as causal models see it, has t = 0.
+            times = x.new_zeros(len(x), dtype=torch.float32) if context.times is None else context.times
+            time = self.time(times)
+        for i, block in enumerate(self.blocks):
+            x = block(x, context, time=time, cache=cache[i] if cache else None)
         return x
+
+    def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> list[DecodingCache]:
+        """Empty decoding caches of all blocks for up to `capacity` positions."""
+        return [block.attention.new_cache(batch, capacity, device, dtype) for block in self.blocks]  # type: ignore[operator, union-attr]

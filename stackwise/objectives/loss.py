@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stackwise.model.embeddings import Embeddings
 from stackwise.model.rack import Head
 from stackwise.objectives.targets import Targets
 
@@ -27,8 +28,31 @@ def target_loss(head: Head, x: Tensor, targets: Targets) -> Tensor:
         A scalar (fp32).
     """
     rows = x.reshape(-1, x.shape[-1]).index_select(0, targets.rows)
-    total = weighted_cross_entropy(head.norm(rows), head.weight, targets.tokens, targets.weights)
+    total = weighted_cross_entropy(head.features(rows), head.weight, targets.tokens, targets.weights)
     return total / targets.batch_tokens
+
+
+def embedding_loss(embeddings: Embeddings, x: Tensor, targets: Targets) -> Tensor:
+    """The denoising term in embedding space: features come near to the embeddings of the tokens that they stand for.
+
+    `weight * sum_i weights_i |n(x_i) - n(e_i)|^2 / d_model / (batch * seq)` over the target rows, with n the RMS norm
+    without a scale and e the input embedding, which does not learn from it: the x_0 regression of Li et al. (2022,
+    Diffusion-LM), weighted as the cross-entropy is.
+
+    Args:
+        embeddings: of the inputs.
+        x: the residual stream below the head `[batch, seq, d_model]`.
+        targets: rows, tokens and weights.
+
+    Returns:
+        A scalar (fp32).
+    """
+    rows = x.reshape(-1, x.shape[-1]).index_select(0, targets.rows)
+    with torch.no_grad():
+        truth = embeddings(targets.tokens[None])[0]
+    found, wanted = (F.rms_norm(part.float(), part.shape[-1:], eps=1e-12) for part in (rows, truth))
+    distances = (found - wanted).square().mean(dim=-1)
+    return targets.embedding_weight * (targets.weights * distances).sum() / targets.batch_tokens
 
 
 def weighted_cross_entropy(x: Tensor, weight: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:

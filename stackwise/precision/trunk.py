@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from stackwise.artifacts.manifest import Artifact
 from stackwise.growth.stacks import TrainedStack
+from stackwise.model.embeddings import Embeddings
+from stackwise.model.frozen import FrozenLinear
 from stackwise.model.rack import RackShape
 from stackwise.model.stack import Stack
 from stackwise.precision.dtypes import DTYPES
@@ -32,8 +34,9 @@ def quantize_stack(stack: TrainedStack, directory: Path, dtype: str) -> dict[str
     for file, weights in parts.items():
         rounded = {name: w.to(DTYPES[dtype]) if w.ndim > 1 else w for name, w in weights.items()}
         save_file(rounded, directory / file)
-        changed += sum(_square(rounded[name].float() - w) for name, w in weights.items())
-        total += sum(_square(w) for w in weights.values())
+        numbers = {name: w for name, w in weights.items() if w.is_floating_point()}  # not the seeds of frozen features
+        changed += sum(_square(rounded[name].float() - w) for name, w in numbers.items())
+        total += sum(_square(w) for w in numbers.values())
     return {
         "index": stack.index,
         "shape": stack.artifact.facts["shape"],
@@ -55,22 +58,23 @@ class TrunkStack:
 
     def load_stack(self, compute_dtype: str, device: torch.device) -> Stack:
         """The stack, frozen, its matrices in the format that computes."""
-        shape = self.shape
         with torch.device("meta"):
-            stack = Stack(shape.model, shape.blocks[0])
+            stack = self.shape.build_stack(0)
         return _loaded(stack, self.artifact.path / _STACK, compute_dtype, device)
 
-    def load_embeddings(self, device: torch.device) -> nn.Embedding:
+    def load_embeddings(self, device: torch.device) -> Embeddings:
         """The embeddings, frozen, in fp32 (only stack 0 has them)."""
-        shape = self.shape
         with torch.device("meta"):
-            embeddings = nn.Embedding(shape.vocab_size + 1, shape.model.d_model)
+            embeddings = self.shape.build_embeddings()
         return _loaded(embeddings, self.artifact.path / _EMBEDDINGS, "fp32", device)
 
 
 def _loaded(module: Any, file: Path, dtype: str, device: torch.device) -> Any:
     weights = {name: (w.to(DTYPES[dtype]) if w.ndim > 1 else w).to(device) for name, w in load_file(file).items()}
     module.load_state_dict(weights, assign=True)
+    for part in module.modules():
+        if isinstance(part, FrozenLinear):
+            part.to(DTYPES[dtype])
     return module.requires_grad_(False).eval()
 
 

@@ -51,6 +51,8 @@ class Run(Generic[Batch]):
     checkpoints: Checkpoints
     checkpoint_every: int
     prefetch: int = 4
+    begin_step: Callable[[int], None] = lambda step: None
+    """Called with the number of each step before it is taken."""
 
 
 WATCH_EVERY = 10
@@ -78,6 +80,7 @@ def train(run: Run[Batch], watcher: Watcher) -> list[float]:
     recent: list[Tensor] = []
     with PrefetchLoader(run.batches, range(start, run.steps), depth=run.prefetch) as loader:
         for step, micro_batches in enumerate(loader, start):
+            run.begin_step(step)
             for group in optimizer.param_groups:
                 group["lr"] = run.lr * learning_rate_share(run.optimizer, step, run.steps)
             recent.append(_step(run, micro_batches, optimizer, scaler, parameters))

@@ -3,6 +3,7 @@
 What ran is read from the records that the stages write themselves, never from an engine's log.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -248,13 +249,23 @@ def unbuilt(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, unbuilt: Project) -> Project:
-    """The same after one uninterrupted `snakemake --cores 2`, committed; copy it before you touch it."""
-    root = tmp_path_factory.mktemp("finished")
-    shutil.copytree(unbuilt.root, root, symlinks=True, dirs_exist_ok=True)
-    project = Project(root, unbuilt.environment)
-    project.snakemake()
+    """The same after one uninterrupted `snakemake --cores 2`, committed; copy it before you touch it.
+
+    Processes that share the tests among them share this, too: the first that needs it makes it.
+    """
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent
+    project = Project(session / "finished", unbuilt.environment)
+    with (session / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not project.root.exists():
+            partial = Project(session / "finished.partial", unbuilt.environment)
+            shutil.copytree(unbuilt.root, partial.root, symlinks=True)
+            partial.snakemake()
+            partial.commit("finished")
+            partial.root.rename(project.root)
     project.ran()
-    project.commit("finished")
     return project
 
 

@@ -495,7 +495,7 @@ def test_files_are_the_same_in_another_process(text_corpus: Path, tmp_path: Path
         (tmp_path / "here" / name).mkdir(parents=True)
         encoding.write_token_dataset(text_corpus, tmp_path / "here" / name, params)
     here = content(tmp_path / "here")
-    assert len(here) == 5 * len(TOKENIZERS)
+    assert len(here) == 6 * len(TOKENIZERS)
     assert here == content(tmp_path / "there")
 
 

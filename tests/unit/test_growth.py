@@ -31,15 +31,17 @@ from stackwise.growth.batches import TokenBatches
 from stackwise.growth.racks import load_rack, save_rack
 from stackwise.growth.stacks import TrainedStack, fuse, new_window, save_stack
 from stackwise.growth.window import Batch, Window
+from stackwise.model import rope
+from stackwise.model.context import Context
+from stackwise.model.init import initialize
 from stackwise.model.rack import Rack, RackShape
-from stackwise.model.rope import rotary_table
 from stackwise.objectives.masks import draw_masks
 from stackwise.objectives.targets import MaskDiffusionObjective, masked_targets
 from stackwise.precision.dtypes import DTYPES, autocast
 from stackwise.precision.trunk import TrunkStack, quantize_stack
 
 CPU = torch.device("cpu")
-VOCAB, SEQ, SAMPLES = 29, 64, 100
+VOCAB, EOS, SEQ, SAMPLES = 29, 28, 64, 100
 MODEL = ModelParams(d_model=64, attention=AttentionParams(n_heads=4), mlp=MLPParams(hidden=96))
 TIED = MODEL.model_copy(update={"tie_embeddings": True})
 ONE = StackParams(blocks=1)
@@ -62,7 +64,8 @@ def window_above(
     first: TrainedStack | None = None,
 ) -> Window:
     index = 0 if below is None else below.index + 1
-    return new_window(index, model=model, params=params, vocab_size=VOCAB, seed=0, below=below, first=first or below)
+    shape = RackShape.of(model, [params.blocks], VOCAB)
+    return new_window(index, shape=shape, init=params.init, seed=0, below=below, first=first or below)
 
 
 def some_batch(window: Window, index: int) -> Batch:
@@ -96,7 +99,7 @@ def publish(
 ) -> TrainedStack:
     index = 0 if below is None else below.index + 1
     inputs = {} if below is None else {"below": below.artifact}
-    shape = RackShape(model, (len(window.stacks[0].blocks),), VOCAB)  # type: ignore[arg-type]
+    shape = RackShape.of(model, [len(window.stacks[0].blocks)], VOCAB)  # type: ignore[arg-type]
     with manifest.publish(directory, kind="stack", params={}, inputs=inputs) as draft:
         draft.facts |= save_stack(draft.directory, window, index=index, shape=shape)
     return TrainedStack(manifest.read(directory, "stack"))
@@ -173,7 +176,7 @@ def test_zero_makes_the_first_stack_the_identity() -> None:
     assert window.embeddings is not None
     with torch.no_grad():
         tokens = some_tokens()
-        assert torch.equal(window(tokens, causal=False), window.embeddings(tokens))
+        assert torch.equal(window(tokens, Context()), window.embeddings(tokens))
 
 
 def test_copy_of_the_first_stack_is_random() -> None:
@@ -195,7 +198,7 @@ def test_copy_into_another_number_of_blocks(tmp_path: Path, from_blocks: int, to
         assert equal(block.state_dict(), source[i % from_blocks].state_dict())
     above = publish(tmp_path / "above", window, below=below)
     rack = fuse([below, above])
-    assert rack.shape.blocks == (from_blocks, to_blocks)
+    assert [stack.blocks for stack in rack.shape.stacks] == [from_blocks, to_blocks]
     assert [len(stack.blocks) for stack in rack.stacks] == [from_blocks, to_blocks]  # type: ignore[arg-type]
 
 
@@ -208,7 +211,7 @@ def test_head_is_carried_over_and_trains(stacks: list[TrainedStack]) -> None:
 
 def test_embeddings_train_with_the_first_stack_only(stacks: list[TrainedStack]) -> None:
     first, second = window_above(None), window_above(stacks[0])
-    assert "embeddings.weight" in trained(first, 0)
+    assert {"embeddings.table", "embeddings.mask"} <= trained(first, 0)
     assert second.embeddings is None
     assert (stacks[0].artifact.path / "embeddings.safetensors").exists()
     assert not (stacks[1].artifact.path / "embeddings.safetensors").exists()
@@ -216,15 +219,15 @@ def test_embeddings_train_with_the_first_stack_only(stacks: list[TrainedStack]) 
 
 def test_tied_head_is_frozen_after_the_first_stack(tied_stacks: list[TrainedStack]) -> None:
     first = window_above(None, model=TIED)
-    assert {"embeddings.weight", "head.norm.weight"} <= trained(first, 0)
+    assert {"embeddings.table", "head.norm.weight"} <= trained(first, 0)
     assert first.head.weight.requires_grad
     third = window_above(tied_stacks[1], model=TIED, first=tied_stacks[0])
     assert third.embeddings is not None
     assert equal(third.embeddings.state_dict(), tied_stacks[0].load_embeddings().state_dict())
     changed = trained(third, 2)
     assert "head.norm.weight" in changed  # only the norm trains
-    assert "embeddings.weight" not in changed
-    assert third.head.weight.data_ptr() == third.embeddings.weight.data_ptr()
+    assert not any("embeddings" in name for name in changed)
+    assert third.head.weight.data_ptr() == third.embeddings.table.data_ptr()
 
 
 def test_frozen_up_is_carried_along(tmp_path: Path) -> None:
@@ -232,21 +235,20 @@ def test_frozen_up_is_carried_along(tmp_path: Path) -> None:
     both = grown(tmp_path, 2, model=model)
     a, b = (s.load_stack().state_dict() for s in both)
     same = {name for name in a if torch.equal(a[name], b[name])}
-    assert same == {"blocks.0.mlp.gate_proj.weight", "blocks.0.mlp.up_proj.weight"}
-    rack = fuse(both)
-    assert {n for n, p in rack.named_parameters() if not p.requires_grad} == {
-        f"stacks.{k}.{name}" for k in range(2) for name in same
-    }
+    assert same == {"blocks.0.mlp.gate_proj.seed", "blocks.0.mlp.up_proj.seed"}
+    lower, upper = (stack.blocks[0].mlp.up_proj.value for stack in fuse(both).stacks)  # type: ignore[index, union-attr]
+    assert torch.equal(lower, upper)
+    assert torch.equal(lower, both[0].load_stack().blocks[0].mlp.up_proj.value)  # type: ignore[union-attr, arg-type]
 
 
 def test_new_stack_refuses_what_it_cannot_stand_on(stacks: list[TrainedStack]) -> None:
-    wider = MODEL.model_copy(update={"mlp": MLPParams(hidden=128)})
+    wider = MODEL.model_copy(update={"d_model": 128})
     with pytest.raises(UserError, match=r"stack-0: cannot stand below stack 1: it is stack 0 of another architecture"):
-        new_window(1, model=wider, params=ONE, vocab_size=VOCAB, seed=0, below=stacks[0], first=None)
+        new_window(1, shape=RackShape.of(wider, [1], VOCAB), init="copy", seed=0, below=stacks[0], first=None)
     with pytest.raises(UserError, match="another architecture or vocabulary"):
-        new_window(1, model=MODEL, params=ONE, vocab_size=VOCAB + 1, seed=0, below=stacks[0], first=None)
+        new_window(1, shape=RackShape.of(MODEL, [1], VOCAB + 1), init="copy", seed=0, below=stacks[0], first=None)
     with pytest.raises(UserError, match="cannot stand below stack 2: it is stack 0"):
-        new_window(2, model=MODEL, params=ONE, vocab_size=VOCAB, seed=0, below=stacks[0], first=None)
+        new_window(2, shape=RackShape.of(MODEL, [1], VOCAB), init="copy", seed=0, below=stacks[0], first=None)
 
 
 # --- racks
@@ -265,8 +267,8 @@ def test_fused_rack_is_its_stacks_one_after_the_other(
             x = stack.load_stack()(x)
         expected = parts[-1].load_head(embeddings)(x)
     assert torch.equal(logits(rack), expected)
-    assert rack.shape == RackShape(model, (1, 1, 1), VOCAB)
-    tied = rack.head.weight.data_ptr() == rack.embeddings.weight.data_ptr()
+    assert rack.shape == RackShape.of(model, (1, 1, 1), VOCAB)
+    tied = rack.head.weight.data_ptr() == rack.embeddings.table.data_ptr()
     assert tied == model.tie_embeddings
     assert all(p.requires_grad for p in rack.parameters())  # in joint fine-tuning everything trains, tied or not
     assert trained(Window.of(rack), 0) == {name for name, _ in Window.of(rack).named_parameters()}
@@ -315,9 +317,12 @@ def test_loaded_rack_keeps_frozen_up_frozen(tmp_path: Path) -> None:
     model = MODEL.model_copy(update={"mlp": MLPParams(hidden=96, frozen_up=True)})
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "rack").mkdir()
-    save_rack(tmp_path / "rack", Rack(RackShape(model, (1,), VOCAB)), tmp_path / "tokenizer")
-    frozen = {name for name, p in load_rack(tmp_path / "rack").named_parameters() if not p.requires_grad}
-    assert frozen == {"stacks.0.blocks.0.mlp.gate_proj.weight", "stacks.0.blocks.0.mlp.up_proj.weight"}
+    rack = Rack(RackShape.of(model, (1,), VOCAB))
+    initialize(rack, name="rack", seed=0)
+    save_rack(tmp_path / "rack", rack, tmp_path / "tokenizer")
+    loaded = load_rack(tmp_path / "rack")
+    assert not any("gate_proj" in name or "up_proj" in name for name, _ in loaded.named_parameters())
+    assert torch.equal(logits(loaded), logits(rack))
 
 
 # --- the quantized trunk
@@ -336,10 +341,10 @@ def test_quantizing_rounds_matrices_and_nothing_else(
     """Rounding to p bits of significand leaves a relative error between 2^-(p+2) and 2^-(p+1)."""
     trunk = quantized(stacks[0], tmp_path / "trunk", dtype)
     assert low <= trunk.artifact.facts["relative_error"] <= high
-    whole = {**stacks[0].load_stack().state_dict(), "embeddings": stacks[0].load_embeddings().weight.detach()}
+    whole = {**stacks[0].load_stack().state_dict(), "embeddings": stacks[0].load_embeddings().table.detach()}
     rounded = {
         **trunk.load_stack("fp32", CPU).state_dict(),
-        "embeddings": trunk.load_embeddings(CPU).weight.detach(),
+        "embeddings": trunk.load_embeddings(CPU).table.detach(),
     }
     assert whole.keys() == rounded.keys()
     changed = total = 0.0
@@ -368,7 +373,7 @@ def test_trunk_is_frozen_and_in_the_format_that_computes(stacks: list[TrainedSta
 
 
 def params_of(directory: Path, **changes: Any) -> Params:
-    """What the stage cache_activations may read."""
+    """What the stage cache_activations may read, whatever is masked."""
     tree: dict[str, Any] = {name: {} for name in Params.model_fields}
     tree |= {"seed": 0, "seq_len": SEQ, "n_stacks": 3, "stacks": []}
     tree["objective"] = {"variants": 3}
@@ -380,7 +385,8 @@ def params_of(directory: Path, **changes: Any) -> Params:
             tree[section][key] = value
         else:
             tree[section] = value
-    return view(Params.model_validate(tree), ("seed", "seq_len", "objective", "compute", "trunk"))
+    keys = ("seed", "seq_len", "objective", "compute", "trunk", "n_stacks", "stack", "stacks")
+    return view(Params.model_validate(tree), keys)
 
 
 @pytest.fixture(scope="module")
@@ -417,7 +423,7 @@ class Place:
         self.progress: list[tuple[int, int]] = []
 
     def source(self, **changes: Any) -> Source:
-        return Source(params_of(self.directory, **changes), self.artifact, self.tokens.train, VOCAB, self.trunk)
+        return Source(params_of(self.directory, **changes), self.artifact, self.tokens.train, VOCAB, EOS, self.trunk)
 
     def boundaries(self, **changes: Any) -> Boundaries:
         return Boundaries(
@@ -532,7 +538,7 @@ def test_training_goes_on_over_a_boundary_made_in_the_same_process(
     place: Place, stacks: list[TrainedStack], tokens: Tokens
 ) -> None:
     """What was computed under inference mode, tables of positions too, must not get in the way of gradients."""
-    rotary_table.cache_clear()
+    rope._table.cache_clear()
     objective = MaskDiffusionObjective(ObjectiveParams(variants=3), 0, VOCAB)
     base = TokenBatches(tokens.train, SampleOrder(SAMPLES, seed=0, stream="s"), objective, 4, 1)
     with place.boundaries().open(1) as reader:
@@ -716,14 +722,37 @@ DETERMINANTS: dict[str, Any] = {
     "objective__distribution": "cosine",
     "objective__count": "exact",
     "objective__variants": 2,
+    "objective__type": "clm",
+    "objective__num_time_steps": 4,
+    "objective__time_step_fractions": [0.1, 0.2, 0.3, 0.9],
+    "objective__schedule": "linear",
+    "objective__schedule_over": "training",
+    "objective__schedule_stacks": 5,
+    "objective__unit": "word",
+    "objective__pool_size": 3,
+    "objective__random_share": 0.1,
+    "objective__keep_share": 0.1,
+    "objective__causal": True,
     "compute__device": "auto",
     "compute__dtype": "bf16",
     "compute__threads": 2,
     "compute__deterministic": False,
     "trunk__activations": "fp32",
 }
+WITH: dict[str, dict[str, Any]] = {
+    "objective__time_step_fractions": {"objective__num_time_steps": 4},
+    "objective__schedule_over": {"objective__schedule": "linear"},
+    "objective__schedule_stacks": {"objective__schedule": "linear"},
+    "objective__pool_size": {"objective__masks": "pool", "objective__pool_size": 2},
+    "objective__random_share": {"objective__type": "mlm"},
+    "objective__keep_share": {"objective__type": "mlm"},
+    "objective__causal": {"objective__type": "custom"},
+}
+"""What else is set, before and after."""
 WITHOUT_EFFECT: dict[str, Any] = {
     "objective__weighting": "nelbo",
+    "objective__embedding_weight": 0.5,
+    "objective__masks": "fixed",  # what is cached is fixed in any case
     "compute__compile": True,
     "compute__branch_threads": 2,
     "trunk__dtype": "fp16",  # known by the trunk's digests
@@ -736,7 +765,8 @@ WITHOUT_EFFECT: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", DETERMINANTS)
 def test_identity_changes_with_what_determines_the_rows(place: Place, name: str) -> None:
-    assert key(place, **{name: DETERMINANTS[name]}) != key(place)
+    base = WITH.get(name, {})
+    assert key(place, **{**base, name: DETERMINANTS[name]}) != key(place, **base)
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
@@ -802,7 +832,8 @@ def batches(place: Place, tokens: Tokens, tmp_path: Path) -> Iterator[BoundaryBa
 def test_targets_are_what_the_trunk_did_not_see(batches: BoundaryBatches, tmp_path: Path) -> None:
     """In every pass: variants are revisited in turn, with the masks that made the activations."""
     stack = TrainedStack(manifest.read(tmp_path / "identity", "stack"))
-    embeddings = stack.load_embeddings().weight.detach().bfloat16()
+    made = stack.load_embeddings()
+    embeddings = torch.cat([made.table, made.mask]).detach().bfloat16()
     order = batches.base.order
     for step in (0, 3, 7, 12):  # in passes 0, 0 and 1, 2, 3 and 4
         samples, epochs = order.at(step * 32, 32)

@@ -17,6 +17,7 @@ from stackwise.config.model import AttentionParams, MLPParams, ModelParams
 from stackwise.data.tokens import TokenDataset, Tokens, Vocabulary
 from stackwise.inference.evaluation import Evaluator
 from stackwise.inference.sampling import sample_causal, sample_diffusion
+from stackwise.model.embeddings import Embeddings
 from stackwise.model.init import initialize
 from stackwise.model.rack import Rack, RackShape
 
@@ -36,11 +37,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def new_rack(vocab: int = VOCAB) -> Rack:
-    rack = Rack(RackShape(MODEL, (1, 1), vocab))
+    rack = Rack(RackShape.of(MODEL, (1, 1), vocab))
     for name, part in (("embeddings", rack.embeddings), ("stacks", rack.stacks), ("head", rack.head)):
         initialize(part, name=name, seed=0)
     with torch.no_grad():
-        rack.embeddings.weight.mul_(30)
+        rack.embeddings.table.mul_(30)
+        rack.embeddings.mask.mul_(30)
     return rack
 
 
@@ -71,24 +73,32 @@ class Predictor(nn.Module):
 
     def __init__(self, vocab: int = VOCAB) -> None:
         super().__init__()
-        self.embeddings = nn.Embedding(vocab + 1, 1)
+        self.shape = RackShape.of(MODEL, (1,), vocab)
+        self.embeddings = Embeddings(vocab, 1)
         self.vocab = vocab
         self.seen: list[Tensor] = []
         self.head: Any = nn.Linear(vocab, vocab, bias=False)
         self.head.weight = nn.Parameter(torch.eye(vocab))
-        self.head.norm = nn.Identity()
+        self.head.features = nn.Identity()
 
     def predict(self, tokens: Tensor) -> Tensor:
         """Log-probabilities `[batch, seq, vocab]`."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, *, causal: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, *, causal: bool = False, cache: list[Tensor] | None = None, **_: Any) -> Tensor:
+        n = tokens.shape[1]
+        if cache is not None:
+            cache.append(tokens)
+            tokens = torch.cat(cache, dim=1)
         self.seen.append(tokens.clone())
-        return self.predict(tokens)
+        return self.predict(tokens)[:, -n:]
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, **_: Any) -> Tensor:
         found: Tensor = self.head(self(tokens))
         return found
+
+    def new_cache(self, batch: int, capacity: int) -> list[Tensor]:
+        return []
 
 
 class ByPosition(Predictor):
@@ -377,9 +387,9 @@ class Chain(Predictor):
         super().__init__(3)
         self.causal: list[bool] = []
 
-    def forward(self, tokens: Tensor, *, causal: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, *, causal: bool = False, **kwargs: Any) -> Tensor:
         self.causal.append(causal)
-        return super().forward(tokens)
+        return super().forward(tokens, **kwargs)
 
     def predict(self, tokens: Tensor) -> Tensor:
         return self.transitions.log()[tokens]

@@ -24,7 +24,7 @@ from stackwise.config.objective import ObjectiveParams
 from stackwise.data.tokens import TokenDataset, Tokens, Vocabulary
 from stackwise.inference.evaluation import Evaluator
 from stackwise.model.init import initialize
-from stackwise.model.rack import Head
+from stackwise.model.rack import Head, RackShape
 from stackwise.objectives import loss as loss_module
 from stackwise.objectives.loss import target_loss, token_log_probabilities, weighted_cross_entropy
 from stackwise.objectives.masks import draw_masks, mask_rate
@@ -164,9 +164,11 @@ def test_mask_diffusion_hides_what_it_asks_for(weighting: Any) -> None:
     objective = MaskDiffusionObjective(params, seed=5, mask_id=VOCAB)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (6, 24))
     samples, variants = np.arange(6) * 3, np.array([0, 1, 2, 3, 4, 9])
-    inputs, targets = objective(tokens, samples, variants)
+    task = objective(tokens, samples, variants)
+    inputs, targets = task.inputs, task.targets
     rates, mask = masks_of(params, samples, variants)
     assert not objective.causal
+    assert np.array_equal(task.times, rates)
     assert np.array_equal(inputs == VOCAB, mask)
     assert np.array_equal(inputs[~mask], tokens[~mask])
     assert targets.rows.tolist() == np.flatnonzero(mask).tolist()
@@ -176,11 +178,26 @@ def test_mask_diffusion_hides_what_it_asks_for(weighting: Any) -> None:
     np.testing.assert_allclose(targets.weights.numpy(), expected, rtol=1e-6)
 
 
+def test_loss_of_mlm_is_the_mean_over_the_masked_tokens() -> None:
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (6, 24))
+    samples, variants = np.arange(6), np.zeros(6, int)
+    plain = ObjectiveParams(mask_min=0.3, mask_max=0.3)
+    sums, mean = (
+        MaskDiffusionObjective(params, seed=5, mask_id=VOCAB)(tokens, samples, variants).targets
+        for params in (plain, plain.model_copy(update={"type": "mlm"}))
+    )
+    assert torch.equal(mean.rows, sums.rows)
+    assert float(mean.weights.sum() / mean.batch_tokens) == pytest.approx(1)
+    assert float(sums.weights.sum() / sums.batch_tokens) == pytest.approx(len(sums.rows) / tokens.size)
+
+
 def test_causal_objective_asks_for_every_next_token() -> None:
     tokens = np.random.default_rng(0).integers(0, VOCAB, (3, 5))
     objective = CausalObjective()
-    inputs, targets = objective(tokens, np.arange(3), np.zeros(3, int))
+    task = objective(tokens, np.arange(3), np.zeros(3, int))
+    inputs, targets = task.inputs, task.targets
     assert objective.causal
+    assert (task.times == 0).all()
     assert np.array_equal(inputs, tokens)
     assert targets.rows.tolist() == [r for r in range(15) if r % 5 != 4]  # the last position has no next token
     assert targets.tokens.tolist() == tokens[:, 1:].reshape(-1).tolist()
@@ -332,7 +349,7 @@ def head_and_batch(*, vocab: int = VOCAB, batch: int = 4, seq: int = 24) -> tupl
     x = torch.randn(batch, seq, WIDTH, generator=torch.Generator().manual_seed(0)) * 3
     objective = MaskDiffusionObjective(ObjectiveParams(weighting="nelbo"), seed=0, mask_id=vocab)
     tokens = np.random.default_rng(0).integers(0, vocab, (batch, seq))
-    return head, x, objective(tokens, np.arange(batch), np.zeros(batch, int))[1]
+    return head, x, objective(tokens, np.arange(batch), np.zeros(batch, int)).targets
 
 
 def test_target_loss_is_the_mean_over_all_tokens_of_the_batch() -> None:
@@ -396,10 +413,11 @@ class FixedLogits(nn.Module):
     def __init__(self, log_probabilities: Tensor) -> None:
         super().__init__()
         self.head = nn.Module()
-        self.head.norm = nn.Identity()
+        self.shape = RackShape.of(ModelParams(), (1,), len(log_probabilities))
+        self.head.features = nn.Identity()
         self.head.weight = log_probabilities[:, None]
 
-    def forward(self, tokens: Tensor, *, causal: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, **_: Any) -> Tensor:
         return torch.ones(*tokens.shape, 1)
 
 
@@ -441,7 +459,7 @@ def test_weighted_loss_is_an_unbiased_estimate_of_the_bound() -> None:
     objective = MaskDiffusionObjective(params, seed=0, mask_id=VOCAB)
     losses = []
     for part in np.array_split(np.arange(1500), 100):
-        _, targets = objective(tokens[part], part, np.zeros(len(part), int))
+        targets = objective(tokens[part], part, np.zeros(len(part), int)).targets
         total = -(targets.weights * log_probabilities[targets.tokens]).sum() / targets.batch_tokens
         losses.append(float(total))
     error = np.std(losses, ddof=1) / 10

@@ -13,21 +13,60 @@ import pytest
 import yaml
 
 from stackwise.config.params import UNTRACKED, Params, load
+from stackwise.model import variants
 from workflow.stages import ALL, NEUTRAL, Stage, table
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(p.stem for p in (ROOT / "workflow/scripts").glob("*.py"))
 PUBLISHING = "stackwise/artifacts/manifest.py"
+REGISTRY = "stackwise/model/attention/registry.py"
+VARIANT = re.compile("stackwise/model/(attention|mlp)/")
 
 
-def full_table() -> list[Stage]:
-    """All stages that there can be: with every branch, joint fine-tuning, tied embeddings, overrides."""
+@cache
+def full_params() -> Params:
+    """With every branch, joint fine-tuning, pretrained and tied embeddings, and a stack for each architecture."""
     params = load(ROOT / "params.yaml")
     tree = yaml.safe_load((ROOT / "params.yaml").read_text())
     tree["joint"]["share"] = 0.5
     tree["fine_tune"] = {name: {} for name in type(params.fine_tune).model_fields}
-    tree["model"]["tie_embeddings"] = True
-    return table(Params.model_validate(tree))
+    tree["model"] |= {"tie_embeddings": True, "embeddings": {"source": "some/model"}}
+    tree["tokenizer"] = {"type": "pretrained", "vocab_size": None}
+    attention: list[dict[str, object]] = [
+        {"type": "standard"},
+        {"type": "mla", "mla_rkv": 8},
+        {"type": "kernel"},
+        {"type": "mlgka", "mla_rkv": 8, "n_kv_heads": 2},
+        {"type": "gqa", "n_kv_heads": 2},
+    ]
+    tree["stacks"] = [{"attention": a, "init": "random"} for a in attention]
+    tree["stacks"][4]["mlp"] = {"type": "moe"}
+    tree["n_stacks"] = len(attention)
+    # Together they cannot be; each makes stages read what they do not read otherwise.
+    tree["objective"]["schedule"] = "linear"
+    tree["model"]["time"] = {"sampling": "batch"}
+    assert {a["type"] for a in attention} == set(variants.ATTENTION)
+    return Params.model_validate(tree)
+
+
+def full_table() -> list[Stage]:
+    """All stages that there can be."""
+    return table(full_params())
+
+
+@cache
+def architectures(name: str) -> set[str]:
+    """The sources of the variants in the stacks that a stage builds."""
+    last = full_params().n_stacks - 1
+    found = re.fullmatch(r"(train_stack|quantize_trunk|cache_activations|evaluate_stack)_(\d)", name)
+    k = int(found[2]) if found else last
+    first = k if name.startswith("quantize") else 0
+    until = k - 1 if name.startswith("cache") else k
+    models = [full_params().stack_model(i) for i in range(first, until + 1)]
+    attention = {variants.ATTENTION[m.attention.type].module for m in models}
+    mlp = {variants.MLP[m.mlp.type].module for m in models}
+    files = {f"stackwise/model/attention/{m}.py" for m in attention} | {f"stackwise/model/mlp/{m}.py" for m in mlp}
+    return files | {source for file in files for source in closure(file)}
 
 
 @cache
@@ -59,7 +98,8 @@ def is_within(file: str, sources: Iterable[str]) -> bool:
     return any(file == source or file.startswith(f"{source}/") for source in sources)
 
 
-def closure(script: str) -> set[str]:
+@cache
+def closure(script: str) -> frozenset[str]:
     """Every source that a script reaches by imports without passing through a neutral one; packages are left out."""
     # Publishing goes through a neutral module, but gives every artifact its form.
     found = {PUBLISHING} if ".publish(" in (ROOT / script).read_text() else set()
@@ -69,7 +109,7 @@ def closure(script: str) -> set[str]:
             if file not in found and not is_within(file, NEUTRAL) and Path(file).name != "__init__.py":
                 found.add(file)
                 waiting.append(file)
-    return found
+    return frozenset(found)
 
 
 def files(sources: Iterable[str]) -> set[str]:
@@ -88,9 +128,16 @@ def wrongly_declared(stages: list[Stage]) -> dict[str, set[str]]:
     wrong = {}
     for script in sorted({stage.path for stage in stages}):
         mine = [stage for stage in stages if stage.path == script]
-        used = closure(script)
-        undeclared = {f"{stage.name} imports {f}" for stage in mine for f in used - files(stage.sources)}
-        unused = {f"no use of {f}" for f in files(s for stage in mine for s in stage.sources) - used}
+        used = {stage.name: closure(script) for stage in mine}
+        for stage in mine:
+            if REGISTRY in used[stage.name]:
+                used[stage.name] |= architectures(stage.name)
+        undeclared = {f"{s.name} imports {f}" for s in mine for f in used[s.name] - files(s.sources)}
+        everything = set().union(*used.values())
+        unused = {f"no use of {f}" for f in files(s for stage in mine for s in stage.sources) - everything}
+        unused |= {
+            f"{s.name}: no use of {f}" for s in mine for f in files(s.sources) - used[s.name] if VARIANT.match(f)
+        }
         if any(ALL in stage.params for stage in mine):  # the definitions themselves are what it checks
             unused = set()
         if undeclared or unused:
@@ -140,7 +187,7 @@ def test_the_library_knows_nothing_of_the_pipeline() -> None:
 
 def sections_read(script: str) -> set[str]:
     """The sections of params.yaml that a script reads, itself or in a module that it hands all its parameters to."""
-    known = {*Params.model_fields, "stack_params"}
+    known = {*Params.model_fields, "stack_params", "stack_model"}
     found = set()
     for file in {script, *closure(script)}:
         tree = ast.parse((ROOT / file).read_bytes())
@@ -149,7 +196,8 @@ def sections_read(script: str) -> set[str]:
             for node in ast.walk(tree):
                 if isinstance(node, ast.Attribute) and node.attr in known and _is_params(node.value):
                     found.add(node.attr)
-    return (found - {"stack_params"}) | {"stack", "stacks"} if "stack_params" in found else found
+    ways = {"stack_params": {"stack", "stacks"}, "stack_model": {"model", "stacks"}}
+    return (found - set(ways)).union(*(sections for way, sections in ways.items() if way in found))
 
 
 def _is_params(node: ast.expr) -> bool:

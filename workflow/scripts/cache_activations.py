@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from stackwise.cache.boundary import KIND, Boundaries, Source
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
+from stackwise.objectives.words import Words
 from stackwise.precision.trunk import KIND as TRUNK
 from stackwise.precision.trunk import TrunkStack
 from stackwise.training.device import set_up
@@ -38,7 +39,9 @@ def work(run: StageRun) -> None:
     tokens_artifact = run.read("tokens", args.tokens, TOKENS)
     tokens = open_tokens(tokens_artifact, params.seq_len)
     trunk = [TrunkStack(run.read(f"trunk.{i}", path, TRUNK)) for i, path in enumerate(args.trunk)]
-    source = Source(params, tokens_artifact, tokens.train, tokens.vocabulary.mask_id, trunk)
+    vocabulary = tokens.vocabulary
+    words = Words(tokens.word_starts, vocabulary.eos_id)
+    source = Source(params, tokens_artifact, tokens.train, vocabulary.mask_id, vocabulary.eos_id, trunk, words)
     boundaries = Boundaries(source, device=device, progress=run.rows_made)
     with boundaries.open(args.index), run.publish(args.out, KIND) as draft:
         draft.facts |= source.identity(args.index)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
+from stackwise.model.pretrained import find_matrices
 from workflow.stage import StageRun, run_stage
 
 
@@ -17,7 +18,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def work(run: StageRun) -> None:
-    """What can be wrong has been found when the parameters were loaded."""
+    """What the file alone tells was found when it was loaded; left are the models on this disk that it names."""
+    find_matrices(run.params.model, download=False)
     run.say(f"{run.arguments.params} is valid: {run.params.n_stacks} stacks")
 
 

@@ -12,8 +12,8 @@ from workflow.stage import StageRun, check_params, run_stage
 if __name__ == "__main__":
     check_params()  # before the imports that take seconds
 
-from stackwise.data.corpus import KIND, write_corpus
-from stackwise.data.sources import documents
+from stackwise.data.corpus import KIND, write_corpus, write_labelled_corpus
+from stackwise.data.sources import documents, labelled_documents
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,12 @@ def work(run: StageRun) -> None:
     """Write the corpus."""
     data, seed = run.params.data, run.params.seed
     with run.publish(run.arguments.out, KIND) as draft:
-        draft.facts |= write_corpus(
-            documents(data, seed), draft.directory, params=data, seed=seed, progress=run.counter("documents")
-        )
+        where, progress = draft.directory, run.counter("documents")
+        if data.ids_column is None:
+            draft.facts |= write_corpus(documents(data, seed), where, params=data, seed=seed, progress=progress)
+        else:
+            labelled = labelled_documents(data)
+            draft.facts |= write_labelled_corpus(labelled, where, params=data, seed=seed, progress=progress)
         run.say(json.dumps(draft.facts))
 
 

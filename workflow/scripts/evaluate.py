@@ -11,6 +11,7 @@ from workflow.stage import StageRun, check_params, run_stage
 if __name__ == "__main__":
     check_params()  # before the imports that take seconds
 
+from stackwise.config.training import FineTuneParams
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
 from stackwise.growth.racks import KIND as RACK
@@ -23,7 +24,7 @@ from stackwise.training.device import set_up
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the script."""
-    parser.add_argument("--name", required=True, help="what the model is called; clm is measured on next tokens")
+    parser.add_argument("--name", required=True, help="what the model is called; fine-tuned ones by what they learned")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--stacks", type=Path, nargs="+", help="trained stacks, bottom to top: the rack that ends here")
     model.add_argument("--model", type=Path, help="fused or fine-tuned rack")
@@ -42,8 +43,14 @@ def work(run: StageRun) -> None:
         rack = load_rack(run.read("model", args.model, RACK).path)
     evaluator = Evaluator(tokens, params.evaluate, params.seed, device, params.compute.dtype)
     rack = rack.to(device).eval()
-    metrics = {"next_token": evaluator.next_token(rack)} if args.name == "clm" else evaluator.diffusion(rack)
-    metrics["unigram"] = evaluator.unigram()
+    learned = args.name if args.name in FineTuneParams.model_fields else params.objective.type
+    if learned == "clm":
+        metrics = {"next_token": evaluator.next_token(rack)}
+    elif learned == "custom":
+        metrics = {"labelled": evaluator.labelled(rack, causal=params.objective.causal)}
+    else:
+        metrics = evaluator.diffusion(rack)
+    metrics["unigram"] = evaluator.unigram(labelled=learned == "custom")
     run.write_json(args.out, metrics)
     run.report_metrics(args.name, metrics, depth=len(args.stacks) - 1 if args.stacks else None)
 

@@ -15,7 +15,6 @@ from stackwise.config.objective import ObjectiveParams
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
 from stackwise.growth.racks import KIND
-from stackwise.objectives.targets import CausalObjective, MaskDiffusionObjective, Objective
 from stackwise.training.device import set_up
 from workflow.training import tune_rack
 
@@ -35,15 +34,19 @@ def work(run: StageRun) -> None:
     branch = getattr(params.fine_tune, name)
     device = set_up(params.compute, threads=params.compute.branch_threads, seed=params.seed)
     tokens = open_tokens(run.read("tokens", run.arguments.tokens, TOKENS), params.seq_len)
-    mask_id = tokens.vocabulary.mask_id
-    objective: Objective
     if name == "clm":
-        objective = CausalObjective()
+        objective = ObjectiveParams(type="clm")
     elif name == "mlm":
-        one_rate = ObjectiveParams(mask_min=branch.mask_rate, mask_max=branch.mask_rate)
-        objective = MaskDiffusionObjective(one_rate, params.seed, mask_id)
-    else:
-        objective = MaskDiffusionObjective(params.objective, params.seed, mask_id)
+        objective = ObjectiveParams(
+            type="mlm",
+            mask_min=branch.mask_rate,
+            mask_max=branch.mask_rate,
+            unit=branch.unit,
+            random_share=branch.random_share,
+            keep_share=branch.keep_share,
+        )
+    else:  # as in pretraining, but for the inputs of mlm that show other tokens
+        objective = params.objective.model_copy(update={"type": "diffusion", "random_share": 0.0, "keep_share": 0.0})
     tune_rack(
         run,
         run.read("model", run.arguments.model, KIND),

@@ -21,7 +21,7 @@ from stackwise.growth.racks import KIND as RACK
 from stackwise.growth.racks import load_rack
 from stackwise.inference.sampling import sample_causal, sample_diffusion
 from stackwise.training.device import set_up
-from workflow.figures import depth_curve, loss_curves, masked_nll
+from workflow.figures import depth_curve, loss_curves, main_figure, masked_nll
 
 KIND = "report"
 
@@ -33,7 +33,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", type=Path, nargs="+", required=True, help="metrics after each stack, bottom to top")
     parser.add_argument("--metrics", type=Path, nargs="+", required=True, help="metrics of the racks, in their order")
     parser.add_argument("--losses", type=Path, nargs="+", required=True, help="loss curves")
-    parser.add_argument("--depth", type=Path, required=True, help="JSON file to write: NELBO by depth")
+    parser.add_argument("--depth", type=Path, required=True, help="JSON file to write: the bound or NLL by depth")
     parser.add_argument("--out", type=Path, required=True, help="artifact to write")
 
 
@@ -47,11 +47,13 @@ def work(run: StageRun) -> None:
     diffusion = {name: m for name, m in metrics.items() if "masked" in m}
     texts = {}
     for path, name in zip(args.models, metrics, strict=True):
+        if "labelled" in metrics[name]:  # what it predicts need not be a text
+            continue
         texts[name] = _sample(
             run, run.read(f"model.{name}", path, RACK).path, tokens, device, causal=name not in diffusion
         )
         run.say(f"{name}: {texts[name][0][:60]!r} ...")
-    run.write_json(args.depth, [{"stack": k, **depth["nelbo"]} for k, depth in enumerate(depths)])
+    run.write_json(args.depth, [{"stack": k, **depth[main_figure(depth)]} for k, depth in enumerate(depths)])
     with run.publish(args.out, KIND) as draft:
         loss_curves({path.stem: run.read_json(path) for path in args.losses}, draft.directory / "losses.svg")
         depth_curve(depths, draft.directory / "depth.svg")

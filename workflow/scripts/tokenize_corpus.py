@@ -12,8 +12,10 @@ from workflow.stage import StageRun, check_params, run_stage
 if __name__ == "__main__":
     check_params()  # before the imports that take seconds
 
+from stackwise.config.data import TokenizerParams
+from stackwise.config.params import Params
 from stackwise.data.corpus import KIND as CORPUS
-from stackwise.data.encoding import write_token_dataset
+from stackwise.data.encoding import write_labelled_dataset, write_token_dataset
 from stackwise.data.tokens import KIND
 
 
@@ -23,13 +25,21 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="artifact to write")
 
 
+def tokenizer_params(params: Params) -> TokenizerParams:
+    """Those of the tokenizer; one that is taken along has the name of the model that it comes with."""
+    if not params.tokenizer.takes_along:
+        return params.tokenizer
+    name = params.model.embeddings.source or params.model.head.source
+    return params.tokenizer.model_copy(update={"name": name})
+
+
 def work(run: StageRun) -> None:
     """Write the tokenizer and the token ids."""
     corpus = run.read("corpus", run.arguments.corpus, CORPUS)
+    tokenizer = tokenizer_params(run.params)
     with run.publish(run.arguments.out, KIND) as draft:
-        draft.facts |= write_token_dataset(
-            corpus.path, draft.directory, run.params.tokenizer, progress=run.counter("documents")
-        )
+        write = write_labelled_dataset if corpus.facts.get("labelled") else write_token_dataset
+        draft.facts |= write(corpus.path, draft.directory, tokenizer, progress=run.counter("documents"))
         run.say(json.dumps(draft.facts))
 
 

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
 from stackwise.growth.racks import KIND
-from stackwise.objectives.targets import MaskDiffusionObjective
 from stackwise.training.device import set_up
 from workflow.training import tune_rack
 
@@ -37,7 +36,7 @@ def work(run: StageRun) -> None:
         run,
         model,
         tokens,
-        MaskDiffusionObjective(params.objective, params.seed, tokens.vocabulary.mask_id),
+        params.objective,
         steps=max(1, round(joint.share * model.facts["steps"])),
         batch_size=joint.batch_size,
         lr=joint.lr,

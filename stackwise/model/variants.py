@@ -1,0 +1,72 @@
+"""The table of architecture variants: which file holds which.
+
+An entry here, a value in the type of its parameter (`stackwise.config.model`) and a file are all that a variant needs.
+Light on purpose: it imports no torch. Files are named so that the pipeline can watch those that a stack uses, and no
+others: an edit of one variant invalidates nothing that another has made.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from stackwise.config.model import ModelParams
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where a variant is."""
+
+    module: str
+    """The module within its package that holds the class."""
+    name: str
+    """Of the class."""
+    uses: tuple[str, ...] = ()
+    """The other modules of the package that it imports, directly or not."""
+
+
+ATTENTION = {
+    "standard": Variant("dense", "DenseAttention"),
+    "gqa": Variant("dense", "DenseAttention"),
+    "mla": Variant("latent", "LatentAttention", uses=("dense",)),
+    "kernel": Variant("kernel", "KernelAttention", uses=("dense", "features", "linear")),
+    "mlgka": Variant(
+        "latent_kernel", "LatentKernelAttention", uses=("dense", "features", "kernel", "latent", "linear")
+    ),
+}
+"""Of each value of `model.attention.type`, in `stackwise/model/attention`."""
+MLP = {
+    "swiglu": Variant("swiglu", "SwiGLU"),
+    "moe": Variant("moe", "MixtureOfExperts", uses=("swiglu",)),
+}
+"""Of each value of `model.mlp.type`, in `stackwise/model/mlp`."""
+SHARED = tuple(
+    f"stackwise/model/{name}.py"
+    for name in (
+        *("context", "embeddings", "frozen", "norm", "rack", "rope", "stack", "time"),
+        *("attention/registry", "mlp/registry"),
+    )
+)
+"""The files that every model uses, relative to the project."""
+_PACKAGES = {"attention": ATTENTION, "mlp": MLP}
+
+
+def class_of(package: str, type_: str) -> Any:
+    """The class of a variant; its module is imported now.
+
+    Args:
+        package: `attention` or `mlp`.
+        type_: value of `model.<package>.type`.
+    """
+    variant = _PACKAGES[package][type_]
+    return getattr(import_module(f"stackwise.model.{package}.{variant.module}"), variant.name)
+
+
+def sources(models: Iterable[ModelParams]) -> tuple[str, ...]:
+    """The files that hold the variants of some stacks' architectures, relative to the project."""
+    found = set()
+    for model in models:
+        for package, type_ in (("attention", model.attention.type), ("mlp", model.mlp.type)):
+            variant = _PACKAGES[package][type_]
+            found |= {f"stackwise/model/{package}/{module}.py" for module in (variant.module, *variant.uses)}
+    return tuple(sorted(found))

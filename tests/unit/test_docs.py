@@ -1,0 +1,142 @@
+"""The Python in docs/architecture.md runs, and what the page says of costs and names is so."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from stackwise.config.model import AttentionParams, MLPParams, ModelParams, PretrainedParams, TimeParams
+from stackwise.config.objective import ObjectiveParams
+from stackwise.config.section import Section
+from stackwise.model.attention.registry import build_attention
+from stackwise.model.mlp.registry import build_mlp
+from stackwise.model.stack import Block, Stack
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/architecture.md").read_text()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_python_runs() -> None:
+    """All blocks in one namespace, then the tests that they define."""
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+    assert len(blocks) >= 4
+    names: dict[str, Any] = {"__name__": "architecture"}
+    for block in blocks:
+        line = PAGE.count("\n", 0, block.start(1))
+        torch.manual_seed(0)
+        exec(compile("\n" * line + block[1], "docs/architecture.md", "exec"), names)
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert tests
+    for test in tests:
+        test()
+
+
+def test_every_choice_is_on_the_page() -> None:
+    choices: list[tuple[type[Section], str]] = [
+        (AttentionParams, "type"),
+        (AttentionParams, "kernel"),
+        (AttentionParams, "rope_scaling"),
+        (MLPParams, "type"),
+        (TimeParams, "mode"),
+        (TimeParams, "mapping"),
+        (PretrainedParams, "tensor"),
+        (ObjectiveParams, "type"),
+        (ObjectiveParams, "masks"),
+    ]
+    for section, key in choices:
+        annotation = section.model_fields[key].annotation
+        values = [v for part in (annotation, *get_args(annotation)) for v in get_args(part) if isinstance(v, str)]
+        assert values
+        for value in values:
+            assert value == "none" or f"`{value}`" in PAGE or f": {value}`" in PAGE, (
+                f"{section.__name__}.{key}: {value}"
+            )
+
+
+def test_every_key_of_the_model_is_on_the_page() -> None:
+    without = {"norm_eps"}
+    for section in (ModelParams, AttentionParams, MLPParams, TimeParams, PretrainedParams):
+        for key in section.model_fields.keys() - without:
+            assert re.search(rf"[`.\s{{]{key}\b", PAGE), f"{section.__name__}.{key}"
+
+
+def test_every_file_that_is_named_exists() -> None:
+    named = set(re.findall(r"`((?:stackwise|tests)/[\w/]+\.py)`", PAGE)) - {"stackwise/model/attention/average.py"}
+    assert len(named) > 5
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert not missing
+
+
+# --- costs, with the symbols of the page
+
+d, h, g, w, F, rq, c, r, n, v = 24, 4, 2, 8, 10, 5, 7, 4, 3, 6
+LATENT: dict[str, Any] = {"mla_rkv": c, "mla_rope_dim": r, "mla_nope_dim": n, "mla_v_dim": v}
+ATTENTIONS: dict[str, tuple[dict[str, Any], int, Callable[[int], int]]] = {
+    "standard": ({}, 4 * d * h * w, lambda seq: 4 * 2 * h * w * seq),
+    "gqa": ({"n_kv_heads": g}, 2 * d * h * w + 2 * d * g * w, lambda seq: 4 * 2 * g * w * seq),
+    "mla": (
+        {**LATENT, "mla_rq": rq},
+        d * rq + rq * h * (n + r) + d * (c + r) + c * h * (n + v) + h * v * d,
+        lambda seq: 4 * (c + r) * seq,
+    ),
+    "kernel": (
+        {"n_kv_heads": g, "features": F},
+        2 * d * h * w + 2 * d * g * w,
+        lambda _: 4 * g * F * (w + 1),
+    ),
+    "mlgka": (
+        {**LATENT, "mla_rq": rq, "n_kv_heads": g, "features": F},
+        d * rq + rq * h * (n + r) + d * (c + r) + c * g * (n + v) + h * v * d,
+        lambda _: 4 * g * F * (v + 1),
+    ),
+}
+
+
+def matrices(module: torch.nn.Module) -> int:
+    """Trainable weights without those of norms."""
+    return sum(p.numel() for p in module.parameters() if p.ndim > 1)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_costs_of_attention(name: str) -> None:
+    keys, weights, cache_bytes = ATTENTIONS[name]
+    attention = AttentionParams(type=name, n_heads=h, head_dim=w, **keys)  # type: ignore[arg-type]
+    built: Any = build_attention(ModelParams(d_model=d, attention=attention))
+    assert matrices(built) == weights
+    for seq in (16, 32):
+        counters = 8 if name in ("kernel", "mlgka") else 0  # one int64 for each sample
+        found = built.new_cache(1, seq, torch.device("cpu"), torch.float32).bytes()
+        assert found == cache_bytes(seq) + counters
+
+
+def test_costs_of_feed_forward_networks() -> None:
+    E, shared, hidden = 4, 1, 10
+    dense, frozen, moe = (
+        matrices(build_mlp(ModelParams(d_model=d, mlp=mlp)))
+        for mlp in (
+            MLPParams(hidden=hidden),
+            MLPParams(hidden=hidden, frozen_up=True),
+            MLPParams(type="moe", hidden=hidden, n_experts=E, n_shared=shared),
+        )
+    )
+    assert (dense, frozen, moe) == (3 * d * hidden, d * hidden, d * E + 3 * d * hidden * (E + shared))
+
+
+def test_costs_of_time() -> None:
+    time = TimeParams(mode="input", width=6, embedding="learned", bins=5)
+    plain, timed = (ModelParams(d_model=d, time=t) for t in (TimeParams(), time))
+    sizes = [sum(p.numel() for p in Block(model).parameters()) for model in (plain, timed)]
+    assert sizes[1] - sizes[0] == 6 * d * (6 + 1)
+    stacks = [sum(p.numel() for p in Stack(model, 1).parameters()) for model in (plain, timed)]
+    assert stacks[1] - stacks[0] == 6 * d * (6 + 1) + 2 * 6 * (6 + 1) + 5 * 6
