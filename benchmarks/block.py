@@ -26,8 +26,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from benchmarks.loader import Line, take_turns
 from benchmarks.training_step import peak, reset_peak
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
+from stackwise.growth.init import initialize
 from stackwise.model.context import Context
-from stackwise.model.init import initialize
 from stackwise.model.stack import Block
 from stackwise.precision.dtypes import DTYPES
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.loader import Line, take_turns
+from stackwise.attention.latent import LatentAttention
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
-from stackwise.model.attention.latent import LatentAttention
-from stackwise.model.init import initialize
+from stackwise.growth.init import initialize
 from stackwise.model.rack import Rack, RackShape
 from stackwise.precision.dtypes import DTYPES
 

@@ -24,9 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.loader import Line, take_turns
 from stackwise.config.model import AttentionParams, ModelParams
-from stackwise.model.attention.registry import build_attention
+from stackwise.growth.init import initialize
 from stackwise.model.context import Context
-from stackwise.model.init import initialize
+from stackwise.model.parts import build_attention
 
 SHORT, LONG = 1024, 4096
 GROWTH = 4.6

@@ -32,8 +32,8 @@ from stackwise.config.training import CheckpointParams, OptimizerParams
 from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import TokenDataset
 from stackwise.growth.batches import TokenBatches
+from stackwise.growth.init import initialize
 from stackwise.growth.window import Batch, Window
-from stackwise.model.init import initialize
 from stackwise.model.rack import Rack, RackShape
 from stackwise.objectives.targets import MaskDiffusionObjective
 from stackwise.precision.dtypes import autocast

@@ -43,8 +43,8 @@ from stackwise.config.training import OptimizerParams
 from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import TokenDataset
 from stackwise.growth.batches import TokenBatches
+from stackwise.growth.init import initialize
 from stackwise.growth.window import Batch, Window
-from stackwise.model.init import initialize
 from stackwise.model.rack import Head, Rack, RackShape
 from stackwise.model.stack import Stack
 from stackwise.objectives.targets import MaskDiffusionObjective

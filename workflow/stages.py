@@ -15,12 +15,12 @@ from typing import Any
 
 import yaml
 
+from stackwise import variants
 from stackwise.config.params import Params, load
 from stackwise.config.training import FineTuneParams
 from stackwise.data.sources import find_files
 from stackwise.errors import UserError
-from stackwise.model import variants
-from stackwise.model.pretrained import find_matrices
+from stackwise.growth.pretrained import find_matrices
 from workflow.resources import Estimate
 
 RECEIPTS = Path(".stackwise/receipts")
@@ -31,22 +31,15 @@ ARTIFACTS = ("stackwise/artifacts/manifest.py", "stackwise/errors.py")
 CORPUS = (*ARTIFACTS, "stackwise/config/data.py", "stackwise/data/corpus.py")
 TOKENS = (*ARTIFACTS, "stackwise/data/tokens.py")
 DEVICE = ("stackwise/config/compute.py", "stackwise/training/device.py")
-MODEL = (*ARTIFACTS, "stackwise/config/model.py", *variants.SHARED)
-OBJECTIVES = (
-    *("stackwise/config/objective.py", "stackwise/data/order.py"),
-    *(f"stackwise/objectives/{name}.py" for name in ("corruption", "draws", "fixed", "loss", "masks")),
-    *(f"stackwise/objectives/{name}.py" for name in ("schedules", "targets", "words")),
-)
-PRETRAINING = "stackwise/objectives/pretraining.py"
-OF_STACKS = (PRETRAINING, "stackwise/objectives/stacks.py")
+MODEL = (*ARTIFACTS, "stackwise/config/model.py", "stackwise/model")
+OBJECTIVES = ("stackwise/config/objective.py", "stackwise/data/order.py", "stackwise/objectives")
+PRETRAINING = "stackwise/growth/pretraining.py"
+OF_STACKS = (PRETRAINING, "stackwise/growth/stack_objectives.py")
 STACKS = (
     *MODEL,
     *OBJECTIVES,
     "stackwise/config/training.py",
-    "stackwise/growth/stacks.py",
-    "stackwise/growth/window.py",
-    "stackwise/model/init.py",
-    "stackwise/model/pretrained.py",
+    *(f"stackwise/growth/{name}.py" for name in ("init", "pretrained", "stacks", "window")),
 )
 RACKS = (*MODEL, "stackwise/growth/racks.py")
 TRUNK = (*STACKS, "stackwise/precision")
@@ -70,7 +63,7 @@ DETERMINISM = ("compute.device", "compute.deterministic")
 NEUTRAL = (
     "stackwise/config/params.py",
     "stackwise/config/section.py",
-    "stackwise/model/variants.py",
+    "stackwise/variants.py",
     "stackwise/tracking",
     "workflow/resources.py",
     "workflow/stage.py",
@@ -141,7 +134,7 @@ def table(params: Params) -> list[Stage]:
             script="check_params",
             params=(ALL,),
             inputs=_matrices(params),
-            sources=("stackwise/config", "stackwise/errors.py", "stackwise/model/pretrained.py"),
+            sources=("stackwise/config", "stackwise/errors.py", "stackwise/growth/pretrained.py"),
         ),
         *_data_stages(params),
         *_stack_stages(params),

@@ -10,9 +10,9 @@ from stackwise.artifacts.manifest import Artifact
 from stackwise.config.objective import ObjectiveParams
 from stackwise.data.tokens import Tokens
 from stackwise.growth.batches import TokenBatches
+from stackwise.growth.pretraining import build_objective, visiting_order
 from stackwise.growth.racks import KIND, load_rack, save_rack
 from stackwise.growth.window import Batch, Window
-from stackwise.objectives.pretraining import build_objective, visiting_order
 from stackwise.objectives.words import Words
 from stackwise.training.checkpoint import Checkpoints
 from stackwise.training.loop import Run, train

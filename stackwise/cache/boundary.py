@@ -25,24 +25,24 @@ from stackwise.cache.store import ActivationStore, DamagedShard, DamagedStore, S
 from stackwise.config.params import Params
 from stackwise.data.tokens import TokenDataset
 from stackwise.errors import UserError
+from stackwise.growth.stack_objectives import objective_of_stack
 from stackwise.model.context import Context, segments_of_documents
 from stackwise.model.stack import Stack
-from stackwise.model.variants import SHARED
-from stackwise.model.variants import sources as variant_sources
-from stackwise.objectives.stacks import objective_of_stack
 from stackwise.objectives.targets import Objective, Task
 from stackwise.objectives.words import Words
 from stackwise.precision.dtypes import autocast
 from stackwise.precision.trunk import TrunkStack
+from stackwise.variants import sources as variant_sources
 
 KIND = "boundary"
 CODE = (
     "stackwise/cache/boundary.py",
     "stackwise/data/order.py",
     "stackwise/data/tokens.py",
-    *SHARED,
-    *(f"stackwise/objectives/{name}.py" for name in ("corruption", "draws", "fixed", "masks", "pretraining")),
-    *(f"stackwise/objectives/{name}.py" for name in ("schedules", "stacks", "targets", "words")),
+    "stackwise/model",
+    *(f"stackwise/growth/{name}.py" for name in ("pretraining", "stack_objectives")),
+    *(f"stackwise/objectives/{name}.py" for name in ("corruption", "draws", "fixed", "masks")),
+    *(f"stackwise/objectives/{name}.py" for name in ("schedules", "targets", "words")),
     "stackwise/precision",
 )
 """The sources that determine a boundary's values, besides those of the architectures in the trunk."""

@@ -11,10 +11,10 @@ from torch import nn
 from stackwise.artifacts.manifest import Artifact
 from stackwise.config.training import Init
 from stackwise.errors import UserError
+from stackwise.growth.init import initialize
+from stackwise.growth.pretrained import find_matrices
 from stackwise.growth.window import Window
 from stackwise.model.embeddings import Embeddings
-from stackwise.model.init import initialize
-from stackwise.model.pretrained import find_matrices
 from stackwise.model.rack import Head, Rack, RackShape, empty_rack
 from stackwise.model.stack import Stack
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
-from stackwise.model.attention.registry import DecodingCache
 from stackwise.model.context import Context
 from stackwise.model.embeddings import Adapter, Embeddings
 from stackwise.model.norm import RMSNorm
+from stackwise.model.parts import DecodingCache
 from stackwise.model.stack import Stack
 
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from stackwise.config.model import ModelParams
-from stackwise.model.attention.registry import DecodingCache, build_attention
 from stackwise.model.context import Context
-from stackwise.model.mlp.registry import build_mlp
 from stackwise.model.norm import RMSNorm
+from stackwise.model.parts import DecodingCache, build_attention, build_mlp
 from stackwise.model.time import Modulation, TimeEmbedding
 
 

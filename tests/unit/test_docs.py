@@ -11,8 +11,7 @@ import torch
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams, PretrainedParams, TimeParams
 from stackwise.config.objective import ObjectiveParams
 from stackwise.config.section import Section
-from stackwise.model.attention.registry import build_attention
-from stackwise.model.mlp.registry import build_mlp
+from stackwise.model.parts import build_attention, build_mlp
 from stackwise.model.stack import Block, Stack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +71,7 @@ def test_every_key_of_the_model_is_on_the_page() -> None:
 
 
 def test_every_file_that_is_named_exists() -> None:
-    named = set(re.findall(r"`((?:stackwise|tests)/[\w/]+\.py)`", PAGE)) - {"stackwise/model/attention/average.py"}
+    named = set(re.findall(r"`((?:stackwise|tests)/[\w/]+\.py)`", PAGE)) - {"stackwise/attention/average.py"}
     assert len(named) > 5
     missing = {name for name in named if not (ROOT / name).exists()}
     assert not missing

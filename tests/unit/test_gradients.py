@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stackwise.config.model import MLPParams, ModelParams
-from stackwise.model.mlp.swiglu import SwiGLU
+from stackwise.mlp.swiglu import SwiGLU
 from stackwise.model.norm import RMSNorm
 from stackwise.model.rope import Rope, rotary_table, rotate
 

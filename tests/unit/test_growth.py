@@ -28,12 +28,12 @@ from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import Tokens, open_tokens
 from stackwise.errors import UserError
 from stackwise.growth.batches import TokenBatches
+from stackwise.growth.init import initialize
 from stackwise.growth.racks import load_rack, save_rack
 from stackwise.growth.stacks import TrainedStack, fuse, new_window, save_stack
 from stackwise.growth.window import Batch, Window
 from stackwise.model import rope
 from stackwise.model.context import Context
-from stackwise.model.init import initialize
 from stackwise.model.rack import Rack, RackShape
 from stackwise.objectives.masks import draw_masks
 from stackwise.objectives.targets import MaskDiffusionObjective, masked_targets

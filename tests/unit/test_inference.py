@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from stackwise.config.evaluation import EvaluateParams
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
 from stackwise.data.tokens import TokenDataset, Tokens, Vocabulary
+from stackwise.growth.init import initialize
 from stackwise.inference.evaluation import Evaluator
 from stackwise.inference.sampling import sample_causal, sample_diffusion
 from stackwise.model.embeddings import Embeddings
-from stackwise.model.init import initialize
 from stackwise.model.rack import Rack, RackShape
 
 CPU = torch.device("cpu")

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stackwise.attention.features import build_features
+from stackwise.attention.kernel import attend_by_features
+from stackwise.attention.linear import CHUNK, linear_attention
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
+from stackwise.growth.init import initialize
 from stackwise.growth.window import Window
-from stackwise.model.attention.features import build_features
-from stackwise.model.attention.kernel import attend_by_features
-from stackwise.model.attention.linear import CHUNK, linear_attention
-from stackwise.model.attention.registry import build_attention
 from stackwise.model.context import Context
-from stackwise.model.init import initialize
+from stackwise.model.parts import build_attention
 from stackwise.model.rack import Rack, RackShape, empty_rack
 
 D_MODEL, HEADS, KV_HEADS = 16, 4, 2

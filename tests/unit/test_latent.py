@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stackwise.attention.dense import DenseAttention
+from stackwise.attention.latent import LatentAttention, LatentProjections
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
-from stackwise.model.attention.dense import DenseAttention
-from stackwise.model.attention.latent import LatentAttention, LatentProjections
+from stackwise.growth.init import initialize
 from stackwise.model.context import Context
-from stackwise.model.init import initialize
 from stackwise.model.rack import Rack, RackShape
 from stackwise.model.rope import rotary_table
 from stackwise.model.stack import Block

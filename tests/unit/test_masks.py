@@ -31,18 +31,18 @@ from stackwise.data.order import SampleOrder, groups_of
 from stackwise.data.tokens import TokenDataset, Tokens, Vocabulary, open_tokens
 from stackwise.errors import UserError
 from stackwise.growth.batches import TokenBatches
+from stackwise.growth.init import initialize
+from stackwise.growth.stack_objectives import fraction_of_stack, objective_of_stack, order_of_stack
 from stackwise.growth.stacks import TrainedStack, new_window, save_stack
 from stackwise.growth.window import Batch
 from stackwise.inference.evaluation import Evaluator
 from stackwise.model.context import Context
 from stackwise.model.embeddings import Embeddings
-from stackwise.model.init import initialize
 from stackwise.model.rack import RackShape
 from stackwise.objectives.fixed import FixedMaskAssigner
 from stackwise.objectives.loss import embedding_loss
 from stackwise.objectives.masks import MaskRates, draw_masks
 from stackwise.objectives.schedules import MaskScheduler, TimeStepMasking
-from stackwise.objectives.stacks import fraction_of_stack, objective_of_stack, order_of_stack
 from stackwise.objectives.targets import CausalObjective, MaskDiffusionObjective, masked_targets
 from stackwise.objectives.words import Words
 from stackwise.precision.trunk import TrunkStack, quantize_stack

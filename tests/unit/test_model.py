@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stackwise.attention.dense import DenseAttention
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams, TimeParams
-from stackwise.model.attention.dense import DenseAttention
+from stackwise.growth.init import EMBEDDING_STD, initialize
 from stackwise.model.context import Context, segments_of_documents
 from stackwise.model.embeddings import Embeddings
-from stackwise.model.init import EMBEDDING_STD, initialize
 from stackwise.model.rack import Head, Rack, RackShape, StackShape
 from stackwise.model.rope import Rope, rotary_table, rotate
 from stackwise.model.stack import Stack

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
+from stackwise.growth.init import initialize
 from stackwise.growth.window import Batch, Window
+from stackwise.mlp import moe
+from stackwise.mlp.moe import MixtureOfExperts, load_imbalance
+from stackwise.mlp.swiglu import SwiGLU
 from stackwise.model.frozen import FrozenLinear
-from stackwise.model.init import initialize
-from stackwise.model.mlp import moe
-from stackwise.model.mlp.moe import MixtureOfExperts, load_imbalance
-from stackwise.model.mlp.swiglu import SwiGLU
 from stackwise.model.rack import Rack, RackShape
 from stackwise.objectives.targets import Targets
 

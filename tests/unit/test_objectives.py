@@ -22,8 +22,8 @@ from stackwise.config.evaluation import EvaluateParams
 from stackwise.config.model import ModelParams
 from stackwise.config.objective import ObjectiveParams
 from stackwise.data.tokens import TokenDataset, Tokens, Vocabulary
+from stackwise.growth.init import initialize
 from stackwise.inference.evaluation import Evaluator
-from stackwise.model.init import initialize
 from stackwise.model.rack import Head, RackShape
 from stackwise.objectives import loss as loss_module
 from stackwise.objectives.loss import target_loss, token_log_probabilities, weighted_cross_entropy

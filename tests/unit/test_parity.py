@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
-from stackwise.model.mlp.moe import MixtureOfExperts
+from stackwise.mlp.moe import MixtureOfExperts
 from stackwise.model.rack import Rack, RackShape
 from stackwise.model.rope import Rope
 

@@ -21,10 +21,10 @@ from stackwise.config.model import AttentionParams, MLPParams, ModelParams, Pret
 from stackwise.config.params import Params, load, view
 from stackwise.data.tokenizer import build_tokenizer, encode, vocabulary_of
 from stackwise.errors import UserError
+from stackwise.growth.pretrained import find_matrix, vocabulary_widths
 from stackwise.growth.racks import load_rack, save_rack
 from stackwise.growth.stacks import TrainedStack, fuse, new_window, save_stack
 from stackwise.growth.window import Batch, Window
-from stackwise.model.pretrained import find_matrix, vocabulary_widths
 from stackwise.model.rack import Rack, RackShape
 from stackwise.objectives.targets import masked_targets
 from stackwise.precision.trunk import TrunkStack, quantize_stack
@@ -461,7 +461,7 @@ def test_widths_are_checked_before_anything_runs(untied: Path, tmp_path: Path) -
 
 
 def test_the_check_imports_no_torch() -> None:
-    code = "import sys, stackwise.model.pretrained, workflow.stages; sys.exit('torch' in sys.modules)"
+    code = "import sys, stackwise.growth.pretrained, workflow.stages; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stackwise import variants
 from stackwise.config.params import UNTRACKED, Params, load
-from stackwise.model import variants
 from workflow.stages import ALL, NEUTRAL, Stage, table
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(p.stem for p in (ROOT / "workflow/scripts").glob("*.py"))
 PUBLISHING = "stackwise/artifacts/manifest.py"
-REGISTRY = "stackwise/model/attention/registry.py"
-VARIANT = re.compile("stackwise/model/(attention|mlp)/")
+REGISTRY = "stackwise/model/parts.py"
+VARIANT = re.compile("stackwise/(attention|mlp)/")
 
 
 @cache
@@ -65,7 +65,7 @@ def architectures(name: str) -> set[str]:
     models = [full_params().stack_model(i) for i in range(first, until + 1)]
     attention = {variants.ATTENTION[m.attention.type].module for m in models}
     mlp = {variants.MLP[m.mlp.type].module for m in models}
-    files = {f"stackwise/model/attention/{m}.py" for m in attention} | {f"stackwise/model/mlp/{m}.py" for m in mlp}
+    files = {f"stackwise/attention/{m}.py" for m in attention} | {f"stackwise/mlp/{m}.py" for m in mlp}
     return files | {source for file in files for source in closure(file)}
 
 

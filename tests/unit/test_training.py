@@ -26,9 +26,9 @@ from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import TokenDataset
 from stackwise.errors import UserError
 from stackwise.growth.batches import TokenBatches
+from stackwise.growth.init import initialize
 from stackwise.growth.window import Batch, Window
 from stackwise.model.context import Context
-from stackwise.model.init import initialize
 from stackwise.model.rack import Rack, RackShape
 from stackwise.objectives.targets import MaskDiffusionObjective
 from stackwise.training import loop

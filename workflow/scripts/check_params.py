@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
-from stackwise.model.pretrained import find_matrices
+from stackwise.growth.pretrained import find_matrices
 from workflow.stage import StageRun, run_stage
 
 

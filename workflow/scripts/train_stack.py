@@ -19,11 +19,11 @@ from stackwise.cache.boundary import Boundaries, Source, check_identity
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
 from stackwise.growth.batches import TokenBatches
+from stackwise.growth.pretrained import vocabulary_widths
+from stackwise.growth.stack_objectives import objective_of_stack, order_of_stack
 from stackwise.growth.stacks import KIND, TrainedStack, new_window, save_stack
 from stackwise.growth.window import Batch
-from stackwise.model.pretrained import vocabulary_widths
 from stackwise.model.rack import RackShape
-from stackwise.objectives.stacks import objective_of_stack, order_of_stack
 from stackwise.objectives.words import Words
 from stackwise.precision.trunk import KIND as TRUNK
 from stackwise.precision.trunk import TrunkStack

@@ -4,7 +4,7 @@ from stackwise.config.model import TimeParams
 from stackwise.config.params import Params
 from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import TokenDataset
-from stackwise.objectives.pretraining import build_objective, visiting_order
+from stackwise.growth.pretraining import build_objective, visiting_order
 from stackwise.objectives.schedules import MaskScheduler
 from stackwise.objectives.targets import Objective
 from stackwise.objectives.words import Words

@@ -60,7 +60,7 @@ class DenseAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
-        """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `registry.Attention`."""
+        """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `parts.Attention`."""
         batch, seq, _ = x.shape
         start = cache.length if cache else 0
         q, k, v = self.queries_keys_values(x, start)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from stackwise.attention.features import build_features
+from stackwise.attention.kernel import attend_by_features, new_sums
+from stackwise.attention.latent import LatentProjections
+from stackwise.attention.linear import RunningSums
 from stackwise.config.model import ModelParams
-from stackwise.model.attention.features import build_features
-from stackwise.model.attention.kernel import attend_by_features, new_sums
-from stackwise.model.attention.latent import LatentProjections
-from stackwise.model.attention.linear import RunningSums
 from stackwise.model.context import Context
 
 
@@ -28,7 +28,7 @@ class LatentKernelAttention(nn.Module):
         self.o_proj = nn.Linear(attention.n_heads * self.projections.v_dim, params.d_model, bias=False)
 
     def forward(self, x: Tensor, context: Context, cache: RunningSums | None = None) -> Tensor:
-        """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `registry.Attention`."""
+        """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `parts.Attention`."""
         batch, seq, _ = x.shape
         q, k, v = self.projections(x, cache.length if cache else 0)
         mixed = attend_by_features(self.features, q, k, v, context, cache)

@@ -1,4 +1,4 @@
-"""What every attention variant is, and which is built."""
+"""What the variants of a block's parts have in common, and which is built."""
 
 from typing import Any, Protocol
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from stackwise.config.model import ModelParams
 from stackwise.model.context import Context
-from stackwise.model.variants import class_of
+from stackwise.variants import class_of
 
 
 class DecodingCache(Protocol):
@@ -40,4 +40,11 @@ class Attention(Protocol):
 def build_attention(params: ModelParams) -> nn.Module:
     """The attention of one block."""
     built: nn.Module = class_of("attention", params.attention.type)(params)
+    return built
+
+
+def build_mlp(params: ModelParams) -> nn.Module:
+    """The feed-forward network of one block: a module built from `ModelParams` that maps `[batch, seq, d_model]` to the
+    same. One that wants a loss of its own keeps it as `balance_loss` (scalar) after a pass in training mode."""
+    built: nn.Module = class_of("mlp", params.mlp.type)(params)
     return built

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stackwise.attention.dense import attend
 from stackwise.config.model import ModelParams
-from stackwise.model.attention.dense import attend
 from stackwise.model.context import Context
 from stackwise.model.norm import RMSNorm
 from stackwise.model.rope import Rope, rotary_table, rotate
@@ -121,7 +121,7 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(params.attention.n_heads * self.projections.v_dim, params.d_model, bias=False)
 
     def forward(self, x: Tensor, context: Context, cache: LatentCache | None = None) -> Tensor:
-        """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `registry.Attention`."""
+        """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `parts.Attention`."""
         batch, seq, _ = x.shape
         dropout = self.dropout if self.training else 0.0
         q, latents = (

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from stackwise.attention.dense import DenseAttention
+from stackwise.attention.features import FeatureMap, build_features
+from stackwise.attention.linear import RunningSums, linear_attention
 from stackwise.config.model import ModelParams
-from stackwise.model.attention.dense import DenseAttention
-from stackwise.model.attention.features import FeatureMap, build_features
-from stackwise.model.attention.linear import RunningSums, linear_attention
 from stackwise.model.context import Context
 
 
@@ -24,7 +24,7 @@ class KernelAttention(DenseAttention):
         self.features = build_features(params.attention, self.n_kv_heads, self.head_dim)
 
     def forward(self, x: Tensor, context: Context, cache: RunningSums | None = None) -> Tensor:  # type: ignore[override]
-        """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `registry.Attention`."""
+        """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `parts.Attention`."""
         batch, seq, _ = x.shape
         q, k, v = self.queries_keys_values(x, cache.length if cache else 0)
         mixed = attend_by_features(self.features, q, k, v, context, cache)

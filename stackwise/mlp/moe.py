@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from stackwise.config.model import ModelParams
-from stackwise.model.mlp.swiglu import SwiGLU
+from stackwise.mlp.swiglu import SwiGLU
 
 
 class MixtureOfExperts(nn.Module):

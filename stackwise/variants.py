@@ -34,20 +34,12 @@ ATTENTION = {
         "latent_kernel", "LatentKernelAttention", uses=("dense", "features", "kernel", "latent", "linear")
     ),
 }
-"""Of each value of `model.attention.type`, in `stackwise/model/attention`."""
+"""Of each value of `model.attention.type`, in `stackwise/attention`."""
 MLP = {
     "swiglu": Variant("swiglu", "SwiGLU"),
     "moe": Variant("moe", "MixtureOfExperts", uses=("swiglu",)),
 }
-"""Of each value of `model.mlp.type`, in `stackwise/model/mlp`."""
-SHARED = tuple(
-    f"stackwise/model/{name}.py"
-    for name in (
-        *("context", "embeddings", "frozen", "norm", "rack", "rope", "stack", "time"),
-        *("attention/registry", "mlp/registry"),
-    )
-)
-"""The files that every model uses, relative to the project."""
+"""Of each value of `model.mlp.type`, in `stackwise/mlp`."""
 _PACKAGES = {"attention": ATTENTION, "mlp": MLP}
 
 
@@ -59,7 +51,7 @@ def class_of(package: str, type_: str) -> Any:
         type_: value of `model.<package>.type`.
     """
     variant = _PACKAGES[package][type_]
-    return getattr(import_module(f"stackwise.model.{package}.{variant.module}"), variant.name)
+    return getattr(import_module(f"stackwise.{package}.{variant.module}"), variant.name)
 
 
 def sources(models: Iterable[ModelParams]) -> tuple[str, ...]:
@@ -68,5 +60,5 @@ def sources(models: Iterable[ModelParams]) -> tuple[str, ...]:
     for model in models:
         for package, type_ in (("attention", model.attention.type), ("mlp", model.mlp.type)):
             variant = _PACKAGES[package][type_]
-            found |= {f"stackwise/model/{package}/{module}.py" for module in (variant.module, *variant.uses)}
+            found |= {f"stackwise/{package}/{module}.py" for module in (variant.module, *variant.uses)}
     return tuple(sorted(found))

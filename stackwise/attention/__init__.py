@@ -1,0 +1,1 @@
+"""Attention variants: a file each, and an entry in `stackwise.variants`."""

@@ -1,0 +1,1 @@
+"""Feed-forward networks: a file each, and an entry in `stackwise.variants`."""

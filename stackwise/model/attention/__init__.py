@@ -1,1 +1,0 @@
-"""Attention variants: a file each, and an entry in `stackwise.model.variants`."""

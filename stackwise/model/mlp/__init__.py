@@ -1,1 +1,0 @@
-"""Feed-forward networks: a file each, and an entry in `stackwise.model.variants`."""
