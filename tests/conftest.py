@@ -6,6 +6,11 @@ COVERED = "covered"
 """Property of a test: a line for the summary."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that take minutes come first, so that at the end no process waits for another."""
+    items.sort(key=lambda item: "test_killed_in_every_kind_of_stage" not in item.name)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what the tests say that they have covered."""
     lines = [
