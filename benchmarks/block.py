@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from benchmarks.loader import Line, take_turns
+from benchmarks.table import Line, report, take_turns
 from benchmarks.training_step import peak, reset_peak
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
 from stackwise.growth.init import initialize
@@ -174,10 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for format_ in (options.format,) if options.format else FORMATS:
         lines += measure_memory(format_, arguments)
         lines += measure_time(sizes, format_, options.rounds)
-    print(f"{'':<44} {'median':>12} {'ratio':>8} {'target':>8}")
-    for line in lines:
-        print(line)
-    return int(options.check and not all(line.passed for line in lines))
+    return report(lines, check=options.check)
 
 
 if __name__ == "__main__":

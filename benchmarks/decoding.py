@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from benchmarks.loader import Line, take_turns
+from benchmarks.table import Line, report, take_turns
 from stackwise.attention.latent import LatentAttention
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
 from stackwise.growth.init import initialize
@@ -162,10 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines: list[Line] = []
     for name, decoder in decoders.items():
         lines += measure(name, decoder, decoders["standard"], options)
-    print(f"{'':<44} {'median':>12} {'ratio':>8} {'target':>8}")
-    for line in lines:
-        print(line)
-    return int(options.check and not all(line.passed for line in lines))
+    return report(lines, check=options.check)
 
 
 if __name__ == "__main__":

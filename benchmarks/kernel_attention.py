@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.loader import Line, take_turns
+from benchmarks.table import Line, report, take_turns
 from stackwise.config.model import AttentionParams, ModelParams
 from stackwise.growth.init import initialize
 from stackwise.model.context import Context
@@ -142,11 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     lines = measure_growth(kernel, options.d_model, options.rounds)
     compared, verdicts = measure_crossover(kernel, standard, options.d_model, max(1, options.rounds // 2))
-    print(f"{'':<44} {'median':>12} {'ratio':>8} {'target':>8}")
-    for line in (*lines, *compared):
-        print(line)
+    code = report((*lines, *compared), check=options.check)
     print(*verdicts, sep="\n")
-    return int(options.check and not all(line.passed for line in lines))
+    return code
 
 
 if __name__ == "__main__":

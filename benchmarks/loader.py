@@ -17,16 +17,15 @@ machine:
 import argparse
 import itertools
 import os
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.table import Line, report, take_turns
 from stackwise.cache.loader import PrefetchLoader
 from stackwise.cache.store import ActivationStore, StoreLayout, rows_per_shard
 
@@ -34,43 +33,6 @@ BATCH = 32  # rows
 SEQ, D_MODEL = 256, 512
 DEPTH = 4  # batches ready
 STEP_SECONDS = 0.04
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table: a median, and what it should be at least (or, of a share of time, at most)."""
-
-    name: str
-    figure: str
-    value: float
-    at_least: float | None = None
-    at_most: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the value keeps to its target, if it has one."""
-        low = self.at_least is None or self.value >= self.at_least
-        return low and (self.at_most is None or self.value <= self.at_most)
-
-    def __str__(self) -> str:
-        target = "-"
-        if self.at_least is not None:
-            target = f">= {self.at_least:g}"
-        elif self.at_most is not None:
-            target = f"<= {self.at_most:g}"
-        verdict = "" if target == "-" else "pass" if self.passed else "FAIL"
-        return f"{self.name:<44} {self.figure:>12} {self.value:>8.3f} {target:>8}  {verdict}"
-
-
-def take_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each contestant returned in each round, after one round that does not count."""
-    results: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name in random.Random(turn).sample(list(contestants), len(contestants)):
-            result = contestants[name]()
-            if turn:
-                results[name].append(result)
-    return results
 
 
 def speed_lines(speeds: dict[str, list[float]], control: str, targets: dict[str, float | None]) -> list[Line]:
@@ -236,10 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines += measure_writes(directory, options.rounds)
             lines += measure_waiting(store, max(1, options.rounds // 3), options.steps)
 
-    print(f"{'':<44} {'median':>12} {'ratio':>8} {'target':>8}")
-    for line in lines:
-        print(line)
-    return int(options.check and not all(line.passed for line in lines))
+    return report(lines, check=options.check)
 
 
 if __name__ == "__main__":

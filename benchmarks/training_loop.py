@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.loader import Line, take_turns
+from benchmarks.table import Line, report, take_turns
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
 from stackwise.config.objective import ObjectiveParams
 from stackwise.config.training import CheckpointParams, OptimizerParams
@@ -197,10 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Line("waiting for data", f"{waiting:.2%}", waiting, at_most=0.02),
         Line(f"a checkpoint every {every} steps", f"{checkpoint * 1e3:.0f} ms", checkpoint / between),
     ]
-    print(f"{'':<44} {'median':>12} {'ratio':>8} {'target':>8}")
-    for line in lines:
-        print(line)
-    return int(options.check and not all(line.passed for line in lines))
+    return report(lines, check=options.check)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.loader import Line, take_turns
+from benchmarks.table import Line, report, take_turns
 from stackwise.cache.batches import BoundaryBatches
 from stackwise.cache.boundary import BoundaryReader
 from stackwise.cache.store import ActivationStore, StoreLayout, rows_per_shard
@@ -297,10 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only != "memory":
             lines += measure_time(directory, sizes, options.rounds, options.steps)
 
-    print(f"{'':<44} {'median':>12} {'ratio':>8} {'target':>8}")
-    for line in lines:
-        print(line)
-    return int(options.check and not all(line.passed for line in lines))
+    return report(lines, check=options.check)
 
 
 if __name__ == "__main__":

@@ -47,15 +47,6 @@ TIED = MODEL.model_copy(update={"tie_embeddings": True})
 ONE = StackParams(blocks=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models as small as these lose time to a second thread, most of all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def window_above(
     below: TrainedStack | None,
     *,

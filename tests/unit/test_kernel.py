@@ -1,7 +1,7 @@
 """Kernel attention, by heads (`kernel`) and with latents (`mlgka`): exact forms, masks, decoding, random features."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -31,15 +31,6 @@ TYPES: dict[str, dict[str, Any]] = {
 each_type = pytest.mark.parametrize("type", TYPES)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_direction = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models as small as these lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(type: str, **keys: Any) -> ModelParams:

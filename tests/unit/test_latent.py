@@ -1,6 +1,5 @@
 """Attention over softmax scores: latents beside standard and grouped heads; decoding caches, leaks, positions."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -38,15 +37,6 @@ ATTENTION = {
     ),
 }
 every_type = pytest.mark.parametrize("name", ATTENTION)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models as small as these lose time to a second thread, most of all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(attention: AttentionParams) -> ModelParams:

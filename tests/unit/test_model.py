@@ -1,6 +1,5 @@
 """The transformer: heads, positions, causality, segments, time, initial weights, frozen parts."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,15 +21,6 @@ STANDARD = ModelParams(d_model=32, attention=AttentionParams(n_heads=4), mlp=MLP
 GQA = STANDARD.model_copy(update={"attention": AttentionParams(type="gqa", n_heads=4, n_kv_heads=2)})
 VOCAB = 19
 BATCH, SEQ = 3, 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models as small as these lose time to a second thread, most of all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(model: ModelParams = STANDARD, blocks: tuple[int, ...] = (2, 1), seed: int = 0) -> Rack:

@@ -1,6 +1,5 @@
 """The mixture of experts: what a token gets, the balance loss, gradients, experts that get nothing."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,15 +18,6 @@ from stackwise.objectives.targets import Targets
 
 D_MODEL, HIDDEN, EXPERTS = 16, 12, 4
 BATCH, SEQ = 3, 10
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models as small as these lose time to a second thread, most of all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(**params: Any) -> ModelParams:

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,6 @@ from stackwise.objectives.targets import CausalObjective, MaskDiffusionObjective
 
 CPU = torch.device("cpu")
 VOCAB, WIDTH = 37, 16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models as small as these lose time to a second thread, most of all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def masks_of(params: ObjectiveParams, samples: Any, variants: Any, *, seed: int = 5, seq: int = 24) -> Any:

@@ -4,7 +4,6 @@ All is in float64, but the references round their norms, softmaxes and rotary ta
 of the logits' size, fp32's rounding. A wrong model is off by 1e-2 or more.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -62,15 +61,6 @@ def model_of(attention: AttentionParams, mlp: MLPParams = DENSE, **others: Any) 
     model = ModelParams(d_model=32, attention=attention, mlp=mlp, **others)
     assert not [*attention.problems(), *mlp.problems(), *model.problems()]
     return model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models as small as these lose time to a second thread, most of all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(model: ModelParams) -> Rack:

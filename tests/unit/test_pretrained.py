@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,6 @@ CPU = torch.device("cpu")
 WIDTH, ROWS, VOCAB, SEQ = 12, 40, 29, 6
 """Of the source its width and rows; ids of its tokenizer; tokens of a sample."""
 TEXTS = ["the cat sat on the mat", "a mat, a cat"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -52,15 +52,6 @@ def new_window(model: ModelParams = MODEL) -> Window:
     return Window.of(rack)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models as small as these lose time to a second thread, most of all beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def dataset(tmp_path: Path) -> TokenDataset:
     """Text in which each token follows from the one before, so that there is something to learn."""
