@@ -24,10 +24,11 @@ check: .venv/ready
 	$(ENV) python -m workflow.stages --check
 	$(ENV) python -m stackwise.config.schema --check
 
-.venv/ready: requirements.lock
+.venv/ready: requirements.lock pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and 'error: PYTHON=$(PYTHON) is ' + sys.version.split()[0] + '; expected 3.11, 3.12 or 3.13: make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 # Newest versions within pyproject.toml's ranges (and the torch of the current lock).

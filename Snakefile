@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, workflow.basedir)
 from stackwise.config.params import load
 from stackwise.errors import UserError
+from workflow.resources import resources
 from workflow.stages import table
 from workflow.sync import sync
 
@@ -19,7 +20,9 @@ try:
         raise UserError(
             f"--config {' '.join(config)}: change params.yaml instead, which DVC watches too"
         )
-    STAGES = table(load("params.yaml"))
+    PARAMS = load("params.yaml")
+    STAGES = table(PARAMS)
+    RESOURCES = resources(PARAMS, STAGES)
     if workflow.is_main_process:  # not again in the jobs that a cluster runs
         sync(STAGES)
 except UserError as error:
@@ -95,7 +98,7 @@ rule all:
 rule fused_model:
     input:
         receipts("check_params", "fuse", "tune_jointly", "evaluate_fused"),
-        receipts(*(f"evaluate_stack_{k}" for k in range(len(STAGES)))),
+        receipts(*(name for name in STAGE if "trainings" in STAGE[name].arguments)),
 
 
 for stage in STAGES:
@@ -117,7 +120,7 @@ for stage in STAGES:
             f"logs/benchmarks/{stage.name}.tsv"
         threads: stage.threads
         resources:
-            **stage.resources,
+            **RESOURCES[stage.name],
         params:
             stage=stage.name,
         shell:

@@ -9,6 +9,7 @@ machine:
 - Reading: batches of 32 random rows from files that are in memory (warm), into the buffers that a loader
   would use in turn. The control is `np.take` with `out=` and `mode="clip"` on an `np.memmap` of the same
   bytes, the fastest way to fill such a buffer: fancy indexing and the default mode copy everything twice.
+- Narrow: the same rows from stores in int8 and fp8, decoded, against those from a bfloat16 store.
 - Writing: shards with their checksums, each synced, against plain files of 16 MiB, each synced.
 - Waiting: the share of its time that a loop with steps of about 40 ms waits for a `PrefetchLoader` whose
   batches come verified from the store; for comparison, the share if the loop reads them itself.
@@ -21,13 +22,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.table import Line, report, take_turns
 from stackwise.cache.loader import PrefetchLoader
-from stackwise.cache.store import ActivationStore, StoreLayout, rows_per_shard
+from stackwise.cache.sizes import DTYPES, row_bytes, rows_per_shard
+from stackwise.cache.store import ActivationStore, StoreLayout
 
 BATCH = 32  # rows
 SEQ, D_MODEL = 256, 512
@@ -88,6 +91,41 @@ def measure_reads(store: ActivationStore, plain: np.memmap, rounds: int) -> list
     )
     targets: dict[str, float | None] = {"read: store, verified": 0.5, "read: store, not verified": 0.7}
     return speed_lines(speeds, "read: memmap, np.take(out=, mode='clip')", targets)
+
+
+def measure_narrow(directory: Path, store: ActivationStore, rounds: int) -> list[Line]:
+    """Shuffled warm batches as a training gets them, bfloat16 on the CPU; the speed is that of what comes out."""
+    import torch
+
+    from stackwise.cache.boundary import BoundaryReader
+    from stackwise.cache.narrow import encode
+
+    rows, rng = store.layout.rows, np.random.default_rng(4)
+    residuals = torch.randn((min(rows, BATCH), SEQ, D_MODEL), generator=torch.Generator().manual_seed(0))
+    stores = {"bf16": store}
+    for name in ("int8", "fp8"):
+        shard_rows = rows_per_shard(row_bytes(SEQ, D_MODEL, name))
+        layout = replace(store.layout, dtype=DTYPES[name], shard_rows=shard_rows)
+        stores[name] = ActivationStore.create(directory / name, layout)
+        stored = encode(residuals, layout.dtype).numpy()
+        for g in range(layout.shards):
+            stores[name].write_shard(g, stored[np.arange(len(layout.shard_range(g))) % len(stored)])
+
+    def through(reader: BoundaryReader) -> Callable[[], float]:
+        def run() -> float:
+            batches = rng.permutation(rows)[: rows // BATCH * BATCH].reshape(-1, BATCH)
+            began = time.perf_counter()
+            for batch in batches:
+                reader.read(batch)
+            return batches.size * SEQ * D_MODEL * 2 / (time.perf_counter() - began)
+
+        return run
+
+    def cannot_remake(shard: int) -> None:
+        raise RuntimeError(f"shard {shard} of the benchmark's own store is damaged")
+
+    contestants = {f"narrow: {name}": through(BoundaryReader(s, cannot_remake)) for name, s in stores.items()}
+    return speed_lines(take_turns(contestants, rounds), "narrow: bf16", {})
 
 
 def measure_writes(directory: Path, rounds: int, shards: int = 8) -> list[Line]:
@@ -195,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         store, plain = prepare(directory, options.rows)
         with store:
             lines = measure_reads(store, plain, options.rounds)
+            lines += measure_narrow(directory, store, options.rounds)
             lines += measure_writes(directory, options.rounds)
             lines += measure_waiting(store, max(1, options.rounds // 3), options.steps)
 

@@ -122,7 +122,7 @@ class Contest:
         """Save the state of the loop's rack a few times."""
         window = self.windows[LOOP]
         parameters = dict(window.named_parameters())
-        optimizer = build_optimizer(parameters.values(), self.optimizer, LR)
+        optimizer = build_optimizer(parameters, self.optimizer, LR, {})
         window.loss(self.in_memory[0], device=CPU, causal=False).backward()
         optimizer.step()
         for _ in range(5):

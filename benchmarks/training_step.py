@@ -36,7 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.table import Line, report, take_turns
 from stackwise.cache.batches import BoundaryBatches
 from stackwise.cache.boundary import BoundaryReader
-from stackwise.cache.store import ActivationStore, StoreLayout, rows_per_shard
+from stackwise.cache.sizes import row_bytes, rows_per_shard
+from stackwise.cache.store import ActivationStore, StoreLayout
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
 from stackwise.config.objective import ObjectiveParams
 from stackwise.config.training import OptimizerParams
@@ -91,8 +92,8 @@ def prepare(directory: Path, sizes: Sizes) -> None:
     rng = np.random.default_rng(0)
     np.save(directory / "tokens.npy", rng.integers(0, sizes.vocab, sizes.samples * sizes.seq).astype(np.int32))
     rows = sizes.samples * VARIANTS
-    row_bytes = sizes.seq * sizes.d_model * 2
-    layout = StoreLayout(rows, sizes.seq, sizes.d_model, "bfloat16", rows_per_shard(row_bytes))
+    shard_rows = rows_per_shard(row_bytes(sizes.seq, sizes.d_model, "bf16"))
+    layout = StoreLayout(rows, sizes.seq, sizes.d_model, "bfloat16", shard_rows)
     with ActivationStore.create(directory / "store", layout) as store:
         for g in range(layout.shards):
             x = torch.randn(len(layout.shard_range(g)), sizes.seq, sizes.d_model).bfloat16()

@@ -1,4 +1,4 @@
-"""The table of architecture variants: which file holds which.
+"""The table of architecture variants: which file holds which; and where adapters are.
 
 An entry here, a value in the type of its parameter (`stackwise.config.model`) and a file are all that a variant needs.
 Light on purpose: it imports no torch. Files are named so that the pipeline can watch those that a stack uses, and no
@@ -62,3 +62,13 @@ def sources(models: Iterable[ModelParams]) -> tuple[str, ...]:
             variant = _PACKAGES[package][type_]
             found |= {f"stackwise/{package}/{module}.py" for module in (variant.module, *variant.uses)}
     return tuple(sorted(found))
+
+
+ADAPTERS = ("stackwise/adapters", "stackwise/config/growth.py", "stackwise/growth/init.py", "stackwise/precision")
+"""The files that give stacks adapters, relative to the project."""
+
+
+def lora() -> Any:
+    """The module of adapters. It is imported now: that takes seconds, and a pipeline without adapters must not depend
+    on it."""
+    return import_module("stackwise.adapters.lora")

@@ -18,6 +18,8 @@ objective: {mask_min: 0.15, mask_max: 0.9}
 n_stacks: 2
 stack: {blocks: 1, steps: 20, batch_size: 4, lr: 3.0e-3, init: copy}
 stacks: [{}, {}]
+growth: {}
+adapters: {}
 optimizer: {schedule: wsd, warmup: 0.05, decay: 0.3}
 compute: {dtype: bf16, threads: 1}
 trunk: {}
@@ -182,7 +184,7 @@ CASES = [
     ),
     _wrong("phases longer than training", {"optimizer.warmup": 0.8}, "optimizer.decay = 0.3: expected at most 0.2"),
     _wrong("files without a source", {"data.files": ["*.txt"]}, "data.files = ['*.txt']: has no effect with", "dummy"),
-    _wrong("source without files", {"data": {"source": "files"}}, "data.files = null: expected at least one glob"),
+    _wrong("source without files", {"data": {"source": "files"}}, "data.files = []: expected at least one glob"),
     _wrong("source without a data set", {"data": {"source": "hub"}}, "data.dataset = null: expected the name"),
     _wrong(
         "vocabulary too small", {"tokenizer": {"vocab_size": 100}}, "tokenizer.vocab_size = 100: expected at least 258"
@@ -278,6 +280,109 @@ CASES = [
         "model.time.bins = null: expected a number",
     ),
     _wrong("custom times that are not there", {"model.time": {"mode": "depth", "mapping": "custom"}}, "time_per_stack"),
+    # --- growth
+    _wrong(
+        "cache of stacks that learn",
+        {"growth": {"window": None, "cache_activations": True}},
+        "growth.cache_activations = true: expected false or null: with window null every stack still learns",
+    ),
+    _wrong(
+        "cache of a fused trunk",
+        {"growth": {"mode": "fused", "cache_activations": True}},
+        "growth.cache_activations = true: expected false or null: with mode fused",
+    ),
+    _wrong(
+        "cache below what is prepended",
+        {"growth": {"building_mode": "prepend", "cache_activations": True}},
+        "growth.cache_activations = true: expected false or null: below a stack that is prepended is nothing",
+    ),
+    _wrong(
+        "window of what is frozen",
+        {"growth": {"window": 1, "trunk_strategy": "frozen"}},
+        "growth.window = 1: expected 0, because trunk_strategy is frozen",
+    ),
+    _wrong(
+        "trunk that learns outside the window",
+        {"growth.trunk_strategy": "trainable"},
+        "growth.window = 0: expected a number of stacks, or null for all, because trunk_strategy is trainable",
+    ),
+    _wrong(
+        "fusion mode and trunk strategy",
+        {"growth": {"mode": "fused", "fusion_mode": "trainable", "trunk_strategy": "frozen"}},
+        "growth.trunk_strategy = frozen: expected trainable or null, because fusion_mode is trainable",
+    ),
+    _wrong(
+        "prepending below what learns",
+        {"growth": {"building_mode": "prepend", "trunk_strategy": "trainable"}},
+        "growth.trunk_strategy = trainable: expected frozen or qlora with building_mode prepend",
+    ),
+    _wrong(
+        "end to end with a window",
+        {"growth": {"strategy": "end_to_end", "window": 1}, "stack.init": "random"},
+        "growth.window = 1: has no effect with strategy: end_to_end",
+    ),
+    _wrong(
+        "stacks in turn without a sweep",
+        {"growth": {"strategy": "end_to_end", "end_to_end_scope": "stackwise"}, "stack.init": "random"},
+        "growth.sweeps = 0: expected at least 1",
+    ),
+    _wrong(
+        "layer-wise with two blocks",
+        {"growth.mode": "layerwise", "stack.blocks": 2},
+        "stack.blocks = 2: expected 1, because growth.mode is layerwise",
+    ),
+    _wrong("consistency of nothing", {"growth.consistency": 0.5}, "growth.consistency = 0.5: has no effect"),
+    _wrong("unfreezing of nothing", {"growth.unfreeze": 0.5}, "growth.unfreeze = 0.5: has no effect"),
+    _wrong(
+        "masks redrawn where there are none",
+        {"growth.masks": "redraw", "objective": {"type": "clm"}},
+        "growth.masks = redraw: has no effect with objective.type clm",
+    ),
+    _wrong("negative window", {"growth.window": -1}, "growth.window = -1: expected an integer of at least 0, or null"),
+    # --- early stopping
+    _wrong(
+        "patience without validations", {"stack.patience": 5}, "stack.patience = 5: has no effect without stop_every"
+    ),
+    _wrong(
+        "samples of no validation",
+        {"stack.stop_samples": 8},
+        "stack.stop_samples = 8: has no effect without stop_every: give the steps between two validations",
+    ),
+    _wrong("no steps between validations", {"stack.stop_every": 0}, "stack.stop_every = 0: expected an integer of at"),
+    # --- adapters and formats
+    _wrong(
+        "adapted trunk without adapters",
+        {"growth": {"trunk_strategy": "qlora", "window": 1}},
+        "adapters.trunk = null: expected a mapping (`{}` takes every default)",
+    ),
+    _wrong("adapters of a frozen trunk", {"adapters.trunk": {}}, "adapters.trunk = {}: expected null", "is not qlora"),
+    _wrong(
+        "LoRA stacks in a window that learns",
+        {"growth.window": 1, "adapters.stack": {}},
+        "adapters.stack = {}: expected null: with this regime of growth older stacks learn with all their weights",
+    ),
+    _wrong(
+        "pattern of a constant rank",
+        {"adapters.stack": {"rank_pattern": "linear"}},
+        "adapters.stack.rank_pattern = linear: has no effect with strategy simplified",
+    ),
+    _wrong(
+        "too few ranks",
+        {"adapters.stack": {"strategy": "variable", "ranks": [4]}},
+        "adapters.stack.ranks = [4]: expected a value for each of the n_stacks (2) stacks",
+    ),
+    _wrong("unmerged nothing", {"adapters.merge": False}, "adapters.merge = false: has no effect without adapters"),
+    _wrong("unknown format", {"trunk.precision": "int4"}, "trunk.precision = int4: expected full, half, bfloat16"),
+    _wrong(
+        "more formats than stacks",
+        {"trunk.precisions": [None, "nf4", "nf4"]},
+        "trunk.precisions = [null, nf4, nf4]: expected at most 2 formats",
+    ),
+    _wrong(
+        "clipping while updating",
+        {"optimizer.in_backward": True},
+        "optimizer.grad_clip = 1.0: expected null with in_backward",
+    ),
     # --- several at once: a bad value hides no problem elsewhere
     _wrong(
         "everything at once",
@@ -325,7 +430,7 @@ CASES = [
     Case("comments only", b"# seed: 0\n", ("is empty; expected a mapping of sections",)),
     Case("a list", b"- seed\n- data\n", ("holds [seed, data]; expected a mapping of sections",)),
     Case("a word", b"seed\n", ("holds seed; expected a mapping of sections",)),
-    Case("Latin-1", GOOD.encode() + "# fünf\n".encode("latin-1"), (", line 24: not UTF-8 text; save it as UTF-8",)),
+    Case("Latin-1", GOOD.encode() + "# fünf\n".encode("latin-1"), (", line 26: not UTF-8 text; save it as UTF-8",)),
     Case("UTF-16", GOOD.encode("utf-16"), (", line 1: not UTF-8 text; save it as UTF-8",)),
     Case("control character", GOOD.encode() + b"\x00", ("not valid YAML",)),
     Case("no file", None, ("no such file",)),

@@ -39,27 +39,28 @@ def main_figure(metrics: Mapping[str, Any]) -> str:
     return next(key for key in MAIN_FIGURES if key in metrics)
 
 
-def depth_curve(depths: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """NELBO or NLL after each stack with its 95 % interval, beside the unigram baseline.
+def depth_curve(depths: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """NELBO or NLL after each training of the rack with its 95 % interval, beside the unigram baseline.
 
     Args:
-        depths: metrics of the racks that end at stack 0, 1, ...
+        depths: metrics of the rack after each training, by the training's name.
         out: SVG file.
     """
-    key = main_figure(depths[0])
-    figure, axes = _axes("stacks in the rack", f"{MAIN_FIGURES[key]} on held-out text (bits per byte)")
-    stacks = range(1, len(depths) + 1)
-    found = [d[key] for d in depths]
+    first = next(iter(depths.values()))
+    key = main_figure(first)
+    figure, axes = _axes("after the training of", f"{MAIN_FIGURES[key]} on held-out text (bits per byte)")
+    places = range(len(depths))
+    found = [d[key] for d in depths.values()]
     axes.errorbar(
-        stacks,
+        places,
         [f["bits_per_byte"] for f in found],
         yerr=[1.96 * f["standard_error_bits_per_byte"] for f in found],
         marker="o",
         capsize=4,
         label="rack",
     )
-    axes.axhline(depths[0]["unigram"]["bits_per_byte"], color="gray", linestyle="--", label="unigram baseline")
-    axes.set_xticks(list(stacks))
+    axes.axhline(first["unigram"]["bits_per_byte"], color="gray", linestyle="--", label="unigram baseline")
+    axes.set_xticks(list(places), [name.replace("_", " ") for name in depths])
     axes.set_ylim(bottom=0)
     axes.legend()
     _save(figure, out)

@@ -89,7 +89,7 @@ class StageRun:
         partial.replace(path)
 
     def report_metrics(self, name: str, metrics: Mapping[str, Any], *, depth: int | None) -> None:
-        """Tell the record what an evaluation has found; figures of the rack that ends at stack `depth` form a curve."""
+        """Tell the record what an evaluation has found; those of the rack after `depth` + 1 trainings form a curve."""
         values = dict(_leaves(metrics))
         self.record.add("result", values={f"{name}.{key}": value for key, value in values.items()})
         if depth is not None:

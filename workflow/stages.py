@@ -8,7 +8,7 @@ Light on purpose: it imports neither torch nor anything else that is slow.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import yaml
 
 from stackwise import variants
 from stackwise.config.params import Params, load
-from stackwise.config.training import FineTuneParams
+from stackwise.config.training import FineTuneParams, StackParams
 from stackwise.data.sources import find_files
 from stackwise.errors import UserError
+from stackwise.growth.needs import Needs, made_from, needs_of
+from stackwise.growth.phases import KEPT, Phase, Version, phases
 from stackwise.growth.pretrained import find_matrices
-from workflow.resources import Estimate
 
 RECEIPTS = Path(".stackwise/receipts")
 RENDER = "python -m workflow.stages"
@@ -32,29 +33,41 @@ CORPUS = (*ARTIFACTS, "stackwise/config/data.py", "stackwise/data/corpus.py")
 TOKENS = (*ARTIFACTS, "stackwise/data/tokens.py")
 DEVICE = ("stackwise/config/compute.py", "stackwise/training/device.py")
 MODEL = (*ARTIFACTS, "stackwise/config/model.py", "stackwise/model")
-OBJECTIVES = ("stackwise/config/objective.py", "stackwise/data/order.py", "stackwise/objectives")
-PRETRAINING = "stackwise/growth/pretraining.py"
-OF_STACKS = (PRETRAINING, "stackwise/growth/stack_objectives.py")
-STACKS = (
-    *MODEL,
-    *OBJECTIVES,
-    "stackwise/config/training.py",
-    *(f"stackwise/growth/{name}.py" for name in ("init", "pretrained", "stacks", "window")),
+TASKS = (
+    *("stackwise/config/objective.py", "stackwise/data/order.py"),
+    *(f"stackwise/objectives/{name}.py" for name in ("corruption", "draws", "fixed", "masks", "schedules")),
+    *(f"stackwise/objectives/{name}.py" for name in ("targets", "words")),
 )
+"""What a model sees and must make of it: the objectives without their losses."""
+OBJECTIVES = (*TASKS, "stackwise/objectives/loss.py")
+HELD_OUT = "stackwise/objectives/held_out.py"
+PRETRAINING = "stackwise/growth/pretraining.py"
+DEPTH = (
+    *("stackwise/growth/depth.py", "stackwise/objectives/schedules.py"),
+    *("stackwise/config/objective.py", "stackwise/data/order.py"),
+)
+OF_STACKS = (*DEPTH, PRETRAINING, "stackwise/growth/stack_objectives.py")
+STACKS = (*MODEL, "stackwise/config/growth.py", "stackwise/growth/stacks.py")
+TRUNK = (*STACKS, "stackwise/config/compute.py", "stackwise/precision")
+GROUND = (*TRUNK, "stackwise/growth/trunk.py")
 RACKS = (*MODEL, "stackwise/growth/racks.py")
-TRUNK = (*STACKS, "stackwise/precision")
+FUSING = (*GROUND, *RACKS, "stackwise/growth/fusing.py")
 BOUNDARIES = (
-    *(*TRUNK, *TOKENS, *DEVICE, *OF_STACKS, "stackwise/artifacts/code.py"),
-    *(f"stackwise/cache/{name}.py" for name in ("boundary", "budget", "store")),
+    *(*GROUND, *TOKENS, *DEVICE, *TASKS, *OF_STACKS, "stackwise/artifacts/code.py"),
+    *(f"stackwise/cache/{name}.py" for name in ("boundary", "budget", "narrow", "sizes", "store", "variants")),
 )
 TRAINING = (
     *(*RACKS, *OBJECTIVES, *TOKENS, *DEVICE, "stackwise/config/training.py", "stackwise/precision/dtypes.py"),
-    *(PRETRAINING, "stackwise/growth/batches.py", "stackwise/growth/window.py"),
+    *(PRETRAINING, *(f"stackwise/growth/{name}.py" for name in ("batches", "tuning", "window"))),
     *("stackwise/cache/loader.py", "stackwise/training", "workflow/training.py"),
 )
+WINDOWS = (
+    *(f"stackwise/growth/{name}.py" for name in ("assembly", "init", "phases", "pretrained", "training", "validation")),
+    *(HELD_OUT, "stackwise/cache/batches.py", "stackwise/cache/streaming.py"),
+)
 EVALUATION = (
-    *(*STACKS, *RACKS, *TOKENS, *DEVICE, "stackwise/precision/dtypes.py"),
-    *("stackwise/config/evaluation.py", "stackwise/inference/evaluation.py"),
+    *(*FUSING, *TOKENS, *DEVICE, *OBJECTIVES, HELD_OUT),
+    *("stackwise/config/evaluation.py", "stackwise/config/training.py", "stackwise/inference/evaluation.py"),
 )
 SAMPLING = (*RACKS, *TOKENS, *DEVICE, "stackwise/inference/sampling.py")
 DETERMINISM = ("compute.device", "compute.deterministic")
@@ -97,8 +110,6 @@ class Stage:
     sources: tuple[str, ...] = ()
     """The sources whose change invalidates it, besides its script."""
     threads: int = 1
-    resources: dict[str, int] = field(default_factory=dict)
-    """For Snakemake: mem_mb, disk_mb, gpu."""
 
     @property
     def path(self) -> str:
@@ -109,7 +120,8 @@ class Stage:
     def command(self) -> str:
         """What DVC runs. It names the keys that are absent, or DVC would not notice that one has been taken away."""
         arguments = self.arguments | ({"defaults": sorted(self.defaulted)} if self.defaulted else {})
-        return " ".join(("python", self.path, *(f"--{flag} {_words(value)}" for flag, value in arguments.items())))
+        words = (f"--{flag} {_words(value)}".strip() for flag, value in arguments.items())
+        return " ".join(("python", self.path, *words))
 
     @property
     def dependencies(self) -> list[str]:
@@ -184,7 +196,6 @@ def _data_stages(params: Params) -> Iterator[Stage]:
         outputs=("artifacts/corpus",),
         params=("seed", "data"),
         sources=(*CORPUS, "stackwise/data/sources.py"),
-        resources={"mem_mb": 1000},
     )
     yield Stage(
         name="tokenize",
@@ -194,103 +205,202 @@ def _data_stages(params: Params) -> Iterator[Stage]:
         outputs=("artifacts/tokens",),
         params=("tokenizer", *(("model.embeddings.source", "model.head.source") if along else ())),
         sources=(*CORPUS, *TOKENS, "stackwise/data/encoding.py", "stackwise/data/tokenizer.py"),
-        resources={"mem_mb": 2000},
     )
 
 
 def _stack_stages(params: Params) -> Iterator[Stage]:
-    """Append growth: train stack k, quantize it as trunk, cache what it makes of the data, train stack k + 1."""
-    estimate, threads, tokens = Estimate(params), params.compute.threads, "artifacts/tokens"
-    for k in range(params.n_stacks):
-        trunk = [f"artifacts/trunk/{i}" for i in range(k)]
-        if k:
-            below, boundary, made = f"artifacts/stacks/{k - 1}", f"artifacts/activations/{k}", trunk[-1]
-            yield Stage(
-                name=f"quantize_trunk_{k - 1}",
-                script="quantize_trunk",
-                arguments={"stack": below, "out": made},
-                inputs=(below,),
-                outputs=(made,),
-                params=("trunk.dtype",),
-                sources=(*TRUNK, *_variants(params, k - 1)),
-                resources={"mem_mb": estimate.reading_mb([k - 1])},
-            )
-            yield Stage(
-                name=f"cache_activations_{k}",
-                script="cache_activations",
-                arguments={"index": k, "tokens": tokens, "trunk": trunk, "out": boundary},
-                inputs=(tokens, *trunk),
-                outputs=(boundary,),
-                params=(
-                    *("seed", "seq_len", "objective", "trunk.activations", *_mask_rate_keys(params, k)),
-                    *(*DETERMINISM, "compute.dtype", "compute.threads"),
-                ),
-                sources=(*BOUNDARIES, *_variants(params, *range(k))),
-                threads=threads,
-                resources={
-                    "mem_mb": estimate.reading_mb([k - 1]),
-                    "disk_mb": round(1000 * params.activations.budget_gb),
-                    "gpu": estimate.gpu(),
-                },
-            )
-        arguments: dict[str, object] = {"index": k, "tokens": tokens}
-        inputs = [tokens, *(() if k else _matrices(params))]
-        if k:
-            arguments |= {"below": below, "trunk": trunk, "activations": boundary}
-            inputs += [below, *trunk, boundary]
-            if (params.model.tie_embeddings or params.objective.embedding_weight) and k > 1:
-                arguments["first"] = "artifacts/stacks/0"
-                inputs.append("artifacts/stacks/0")
-        out, losses, stack = f"artifacts/stacks/{k}", f"metrics/loss/stack_{k}.json", params.stack_params(k)
-        yield Stage(
-            name=f"train_stack_{k}",
-            script="train_stack",
-            arguments={**arguments, "out": out, "losses": losses},
-            inputs=tuple(inputs),
-            outputs=(out,),
-            plots=(losses,),
-            params=(
-                *("seed", "seq_len", "model", "objective", "stack", "optimizer"),
-                *(*DETERMINISM, "compute.dtype", "compute.threads", "compute.compile"),
-                f"stacks.{k}",
-                *(("trunk.activations",) if k else ()),
-                *(key for key in _mask_rate_keys(params, k) if key == "n_stacks"),
-            ),
-            sources=(*BOUNDARIES, *TRAINING, "stackwise/cache/batches.py", *_variants(params, *range(k + 1))),
-            threads=threads,
-            resources={"mem_mb": estimate.training_mb([k], stack.batch_size), "gpu": estimate.gpu()},
-        )
-        stacks = [f"artifacts/stacks/{i}" for i in range(k + 1)]
-        yield _evaluation(params, f"stack_{k}", {"stacks": stacks}, stacks, range(k + 1))
+    """Growth: train what a phase trains, quantize it as trunk, cache what it makes of the data, go on."""
+    every = phases(params.growth, params.n_stacks, lora=params.adapters.stack is not None)
+    made: set[str] = set()
+    for phase in every:
+        for version in (*phase.below, *phase.quantized):
+            if (trunk := _trunk(every, version)) not in made:
+                made.add(trunk)
+                yield _quantization(params, every, version)
+        if phase.cached:
+            yield _caching(params, every, phase)
+        yield _training(params, every, phase)
+        if len(phase.kept) == len(phase.order):
+            depth = {"depth": phase.number}
+            adapters = _adapters(every, *phase.order, versions=phase.kept)
+            yield _evaluation(params, phase.name, _assembled(every, phase) | depth, phase.order, adapters)
+
+
+def _quantization(params: Params, every: list[Phase], version: Version) -> Stage:
+    """A stack as trunk."""
+    training, trunk, k = every[version.weights], _trunk(every, version), version.stack
+    return Stage(
+        name=f"quantize_trunk_{Path(trunk).name}",
+        script="quantize_trunk",
+        arguments={"index": k, "training": training.path, "out": trunk},
+        inputs=(training.path,),
+        outputs=(trunk,),
+        params=("trunk.precision", f"trunk.precisions.{k}"),
+        sources=(*TRUNK, *_adapters(every, k), *_variants(params, k)),
+    )
+
+
+def _caching(params: Params, every: list[Phase], phase: Phase) -> Stage:
+    """The boundary that a phase trains on."""
+    tokens, below = "artifacts/tokens", [v.stack for v in phase.below]
+    needs = needs_of(params, every, phase)
+    arguments, inputs = _ground_below(every, phase, needs)
+    return Stage(
+        name=f"cache_activations_{phase.label}",
+        script="cache_activations",
+        arguments={"index": phase.stack, "tokens": tokens, **arguments, "out": phase.boundary},
+        inputs=(tokens, *inputs),
+        outputs=(phase.boundary,),
+        params=(
+            *("seed", "seq_len", "objective", "growth.masks", "trunk.activations", "trunk.compute"),
+            *(*DETERMINISM, "compute.dtype", "compute.threads"),
+            *(key for link in needs.links for key in _mask_rate_keys(params, link.stack)),
+        ),
+        sources=(*BOUNDARIES, *_adapters(every, versions=phase.below), *_variants(params, *below)),
+        threads=params.compute.threads,
+    )
+
+
+def _training(params: Params, every: list[Phase], phase: Phase) -> Stage:
+    """One training."""
+    tokens, k = "artifacts/tokens", phase.stack
+    window = [member.stack for member in phase.window]
+    needs = needs_of(params, every, phase)
+    trainings = _paths(every, needs.trainings)
+    quantized = [_trunk(every, version) for version in phase.quantized]
+    arguments: dict[str, object] = {
+        "index": k,
+        **({"sweep": phase.sweep} if phase.sweep else {}),
+        "window": [f"{member.stack}={member.role}" for member in phase.window],
+        **({"embeddings": "learn"} if phase.embeddings_learn else {}),
+        **({"masks": "fresh"} if phase.fresh else {}),
+        "tokens": tokens,
+    }
+    inputs = [tokens, *(() if phase.number else _matrices(params)), *trainings, *quantized]
+    keys = ["seed", "seq_len", "model", "objective", "growth.masks", "optimizer", *DETERMINISM]
+    by_depth = ("steps_factor", "lr_factor")  # they change nothing of the first stack
+    keys += ["stack"] if k else [f"stack.{name}" for name in StackParams.model_fields if name not in by_depth]
+    keys += [f"compute.{name}" for name in ("dtype", "threads", "compile", "activation_checkpointing")]
+    keys += [f"stacks.{j}" for j in sorted({k, *(m.stack for m in phase.window if m.role in (*KEPT, "initial"))})]
+    keys += _mask_rate_keys(params, k)
+    if trainings:
+        arguments["trainings"] = trainings
+    if needs.copies is not None:
+        arguments["copies"] = needs.copies
+    if quantized:
+        arguments["quantized"] = quantized
+        keys.append("trunk.compute")
+    if phase.below:
+        below, more = _ground_below(every, phase, needs)
+        arguments |= below
+        inputs += more
+        keys += ["trunk.compute", "trunk.activations"]
+        if phase.cached:
+            arguments["activations"] = phase.boundary
+            inputs.append(phase.boundary)
+            keys += [key for link in needs.links for key in _mask_rate_keys(params, link.stack)]
+    roles = {member.role for member in phase.window}
+    if roles & {"weights", "adapters"}:
+        keys.append("growth.unfreeze")
+    if "lora" in roles:
+        keys.append("adapters.stack")
+    if "adapters" in roles:
+        keys.append("adapters.trunk")
+    if needs.known is not None:
+        arguments["known"] = needs.known
+        keys += ["growth.consistency", *_mask_rate_keys(params, needs.known)]
+    losses = f"metrics/loss/{phase.name}.json"
+    copied = () if needs.copies is None else (needs.copies,)
+    adapted = (v for v in phase.kept if v.adapters == phase.number)
+    return Stage(
+        name=f"train_{phase.name}",
+        script="train_stack",
+        arguments={**arguments, "out": phase.path, "losses": losses},
+        inputs=tuple(dict.fromkeys(inputs)),
+        outputs=(phase.path,),
+        plots=(losses,),
+        params=_distinct(keys),
+        sources=(
+            *BOUNDARIES,
+            *TRAINING,
+            *WINDOWS,
+            *_adapters(every, *window, *copied, versions=(*phase.below, *adapted)),
+            *_variants(params, *window, *(v.stack for v in phase.below)),
+        ),
+        threads=params.compute.threads,
+    )
+
+
+def _distinct(keys: Iterable[str]) -> tuple[str, ...]:
+    """Each once, and none that lies within another."""
+    found = dict.fromkeys(keys)
+    return tuple(key for key in found if not any(key.startswith(f"{other}.") for other in found))
+
+
+def _ground_below(every: list[Phase], phase: Phase, needs: Needs) -> tuple[dict[str, object], list[str]]:
+    """The frozen stacks below a window, as arguments of a script and as inputs."""
+    trunk, adapted = [_trunk(every, version) for version in phase.below], _paths(every, needs.adapted)
+    arguments: dict[str, object] = {"trunk": trunk}
+    if adapted:
+        arguments["adapted"] = adapted
+    if needs.links:
+        arguments["chain"] = [f"{len(p.below)}:{p.stack}" + f":{p.sweep}" * bool(p.sweep) for p in needs.links]
+    return arguments, [*trunk, *adapted]
+
+
+def _assembled(every: list[Phase], phase: Phase) -> dict[str, object]:
+    """The rack after a phase, as arguments of a script; those that are paths are its inputs."""
+    numbers, adapted = made_from(phase)
+    arguments: dict[str, object] = {"trainings": _paths(every, numbers), "order": list(phase.order)}
+    return arguments | ({"trunk": [_trunk(every, version) for version in adapted]} if adapted else {})
+
+
+def _paths(every: list[Phase], numbers: Iterable[int]) -> list[str]:
+    """The artifacts of some phases."""
+    return [every[number].path for number in numbers]
+
+
+def _trunk(every: list[Phase], version: Version) -> str:
+    """The artifact of a quantized stack."""
+    sweep = every[version.weights].sweep
+    return f"artifacts/trunk/{version.stack}" + f"_sweep_{sweep}" * bool(sweep)
 
 
 def _mask_rate_keys(params: Params, k: int) -> tuple[str, ...]:
     """The keys, besides those of the objective, that the mask rates of stack `k` depend on."""
     time, objective = params.model.time, params.objective
     keys: tuple[str, ...] = ()
-    if objective.schedule_stacks is None and (
-        objective.by_depth or (time.mode == "depth" and time.mapping != "custom")
-    ):
-        keys = ("n_stacks",)
+    if objective.by_depth or (time.mode == "depth" and time.mapping != "custom"):
+        keys = ("growth.building_mode", *(("n_stacks",) if objective.schedule_stacks is None else ()))
     if objective.by_training or time.sampling == "batch":
         keys = (*keys, "stack.batch_size", f"stacks.{k}")
-    return (*keys, "stack.steps") if objective.by_training else keys
+    if not objective.by_training:
+        return keys
+    return (*keys, "stack.steps", *(("stack.steps_factor",) if k else ()))
 
 
 def _model_stages(params: Params) -> Iterator[Stage]:
     """The fused rack and what is made of it."""
-    estimate, tokens, model = Estimate(params), "artifacts/tokens", "artifacts/fused"
+    tokens, model = "artifacts/tokens", "artifacts/fused"
     everything = range(params.n_stacks)
-    stacks = tuple(f"artifacts/stacks/{k}" for k in everything)
+    every = phases(params.growth, params.n_stacks, lora=params.adapters.stack is not None)
+    rack = _assembled(every, every[-1])
+    # A stack that was prepended has learned to read its own share of masks straight from the embeddings.
+    unrolls = params.model.time.mode == "depth" and params.growth.building_mode == "prepend"
     architectures = _variants(params, *everything)
+    adapters = _adapters(every, *everything, versions=every[-1].kept)
+    unmerged = () if params.adapters.merge else adapters
     yield Stage(
         name="fuse",
         script="fuse",
-        arguments={"stacks": stacks, "tokens": tokens, "out": model},
-        inputs=(*stacks, tokens),
+        arguments={**rack, **({"depth-as-time": ""} if unrolls else {}), "tokens": tokens, "out": model},
+        inputs=(*_path_arguments(rack), tokens),
         outputs=(model,),
-        sources=(*STACKS, *RACKS, *TOKENS, *architectures),
-        resources={"mem_mb": estimate.reading_mb(everything)},
+        params=(
+            "adapters.merge",
+            *(("model.time", "objective", *_mask_rate_keys(params, 0)) if unrolls else ()),
+        ),
+        sources=(*FUSING, *DEPTH, *TOKENS, *adapters, *architectures),
     )
 
     def tuning(
@@ -307,11 +417,11 @@ def _model_stages(params: Params) -> Iterator[Stage]:
             params=(
                 *("seed", "seq_len", "optimizer"),
                 *(*DETERMINISM, "compute.dtype", f"compute.{threads}", "compute.compile"),
+                "compute.activation_checkpointing",
                 *keys,
             ),
-            sources=(*TRAINING, *architectures),
+            sources=(*TRAINING, *unmerged, *architectures),
             threads=getattr(params.compute, threads),
-            resources={"mem_mb": estimate.training_mb(everything, batch_size), "gpu": estimate.gpu()},
         )
 
     if params.joint.share:
@@ -331,10 +441,11 @@ def _model_stages(params: Params) -> Iterator[Stage]:
             )
             models[branch] = out
     for name, path in models.items():
-        yield _evaluation(params, name, {"model": path}, [path], everything)
-    depths = tuple(f"metrics/stack_{k}.json" for k in everything)
+        yield _evaluation(params, name, {"model": path}, everything, unmerged if name == "fused" else ())
+    measured = [phase.name for phase in every if len(phase.kept) == len(phase.order)]
+    depths = tuple(f"metrics/{name}.json" for name in measured)
     metrics = tuple(f"metrics/{name}.json" for name in models)
-    losses = tuple(f"metrics/loss/{name}.json" for name in (*(f"stack_{k}" for k in everything), *list(models)[1:]))
+    losses = tuple(f"metrics/loss/{name}.json" for name in (*(phase.name for phase in every), *list(models)[1:]))
     yield Stage(
         name="report",
         script="report",
@@ -351,32 +462,48 @@ def _model_stages(params: Params) -> Iterator[Stage]:
         outputs=("artifacts/report",),
         plots=("metrics/depth.json",),
         params=("seed", "seq_len", "report", *DETERMINISM, "compute.branch_threads"),
-        sources=(*SAMPLING, *architectures, "workflow/figures.py"),
+        sources=(*SAMPLING, *unmerged, *architectures, "workflow/figures.py"),
         threads=params.compute.branch_threads,
-        resources={"mem_mb": estimate.reading_mb(everything), "gpu": estimate.gpu()},
     )
 
 
-def _evaluation(params: Params, name: str, model: dict[str, object], inputs: list[str], stacks: range) -> Stage:
-    estimate, out = Estimate(params), f"metrics/{name}.json"
+def _path_arguments(arguments: Mapping[str, object]) -> list[str]:
+    """The artifacts among the arguments of a script."""
+    return [
+        path
+        for value in arguments.values()
+        for path in (value if isinstance(value, list) else [value])
+        if isinstance(path, str) and path.startswith("artifacts/")
+    ]
+
+
+def _evaluation(
+    params: Params, name: str, model: dict[str, object], stacks: Sequence[int], adapters: tuple[str, ...]
+) -> Stage:
+    out = f"metrics/{name}.json"
     # A fine-tuned model is measured on what it has learned, which its name says.
     objective = () if name in FineTuneParams.model_fields else ("objective.type", "objective.causal")
     return Stage(
         name=f"evaluate_{name}",
         script="evaluate",
         arguments={"name": name, **model, "tokens": "artifacts/tokens", "out": out},
-        inputs=(*inputs, "artifacts/tokens"),
+        inputs=(*_path_arguments(model), "artifacts/tokens"),
         metrics=(out,),
         params=("seed", "seq_len", "evaluate", *objective, *DETERMINISM, "compute.dtype", "compute.branch_threads"),
-        sources=(*EVALUATION, *_variants(params, *stacks)),
+        sources=(*EVALUATION, *adapters, *_variants(params, *stacks)),
         threads=params.compute.branch_threads,
-        resources={"mem_mb": estimate.reading_mb(stacks), "gpu": estimate.gpu()},
     )
 
 
 def _variants(params: Params, *stacks: int) -> tuple[str, ...]:
     """The sources of the architectures of some stacks."""
     return variants.sources(params.stack_model(k) for k in stacks)
+
+
+def _adapters(every: list[Phase], *stacks: int, versions: Iterable[Version] = ()) -> tuple[str, ...]:
+    """The sources of adapters, if any of some stacks has learned a LoRA, or any of `versions` has adapters."""
+    loras = {member.stack for phase in every for member in phase.window if member.role == "lora"}
+    return variants.ADAPTERS if loras & {*stacks} or any(v.adapters is not None for v in versions) else ()
 
 
 def _words(value: object) -> str:
@@ -396,10 +523,10 @@ def dvc_yaml(stages: list[Stage]) -> str:
         if stage.metrics:
             entry["metrics"] = [{m: {"cache": False}} for m in stage.metrics]
         if stage.plots:
-            x = "stack" if stage.name == "report" else "step"
+            x = "training" if stage.name == "report" else "step"
             entry["plots"] = [{p: {"cache": False, "x": x}} for p in stage.plots]
         body[stage.name] = entry
-    text = yaml.safe_dump({"stages": body}, sort_keys=False, width=120)
+    text = yaml.dump({"stages": body}, Dumper=yaml.CSafeDumper, sort_keys=False, width=120)
     return f"# Rendered from the table in workflow/stages.py and params.yaml by `{RENDER}`. Do not edit.\n{text}"
 
 

@@ -1,4 +1,4 @@
-"""Boundaries: the residual stream between two stacks, identified by what determines it, remade when its store is gone.
+"""Boundaries: the residual stream above some frozen stacks, identified by what determines it, remade when it is gone.
 
 What the pipeline versions is a boundary's identity. Its bytes lie in a store (`stackwise.cache.store`) in a directory
 that is named by the identity, outside the engines' sight; whoever needs a store and does not find all of it makes what
@@ -6,13 +6,14 @@ is missing.
 """
 
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,7 +22,10 @@ from torch import Tensor
 from stackwise.artifacts.code import digest_code
 from stackwise.artifacts.manifest import REMEDY, Artifact, digest_json
 from stackwise.cache.budget import in_use, make_room
-from stackwise.cache.store import ActivationStore, DamagedShard, DamagedStore, StoreLayout, rows_per_shard
+from stackwise.cache.narrow import decode, encode
+from stackwise.cache.sizes import DTYPES, boundary_bytes, boundary_shard_rows, rows_per_batch
+from stackwise.cache.store import ActivationStore, DamagedShard, DamagedStore, StoreLayout
+from stackwise.cache.variants import HeldVariants
 from stackwise.config.params import Params
 from stackwise.data.tokens import TokenDataset
 from stackwise.errors import UserError
@@ -36,27 +40,50 @@ from stackwise.variants import sources as variant_sources
 
 KIND = "boundary"
 CODE = (
-    "stackwise/cache/boundary.py",
+    "stackwise/adapters",
+    *(f"stackwise/cache/{name}.py" for name in ("boundary", "narrow", "sizes")),
     "stackwise/data/order.py",
     "stackwise/data/tokens.py",
     "stackwise/model",
-    *(f"stackwise/growth/{name}.py" for name in ("pretraining", "stack_objectives")),
+    *(f"stackwise/growth/{name}.py" for name in ("pretraining", "stack_objectives", "trunk")),
     *(f"stackwise/objectives/{name}.py" for name in ("corruption", "draws", "fixed", "masks")),
     *(f"stackwise/objectives/{name}.py" for name in ("schedules", "targets", "words")),
     "stackwise/precision",
 )
 """The sources that determine a boundary's values, besides those of the architectures in the trunk."""
 
-_BATCH_BYTES = 2**23
-_BATCH_ROWS = 32
 _GROUP_BYTES = 2**27
-"""Activations that are in memory at once on their way through a whole trunk."""
-_STORE_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+"""Activations that are in memory at once on their way through several stacks."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A boundary that some training reads."""
+
+    depth: int
+    """Stacks below it, at least 1."""
+    stack: int
+    """The stack that trains on it: its masks are those that the boundary is made with."""
+    sweep: int = 0
+    """0 when that stack is added; 1, 2, ... when it is trained again."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `DEPTH:STACK[:SWEEP]`.
+
+        Raises:
+            ValueError, TypeError: the text is something else.
+        """
+        return cls(*map(int, text.split(":")))
 
 
 @dataclass(frozen=True)
 class Source:
-    """Everything that determines boundaries 1, 2, ... of a rack."""
+    """Everything that determines the boundaries of a trunk.
+
+    Raises:
+        ValueError: the chain does not rise, or ends above the trunk.
+    """
 
     params: Params
     """A view with seed, seq_len, objective, compute and trunk, and with what `objective_of_stack` wants."""
@@ -66,45 +93,71 @@ class Source:
     mask_id: int
     eos_id: int
     trunk: Sequence[TrunkStack]
-    """Stacks 0 ... k - 1."""
+    """The frozen stacks, bottom to top."""
+    chain: Sequence[Link]
+    """The boundaries that earlier trainings read of the same trunk, each deeper than the one before; last the one that
+    is wanted."""
     words: Words | None = None
     """Where whole words are masked."""
 
-    def objective(self, k: int) -> Objective:
-        """What stack `k` learns on boundary `k`: its masks are those that the boundary is made with."""
-        time = self.trunk[0].shape.model.time
-        return objective_of_stack(self.params, k, time, tokens=self.tokens, mask_id=self.mask_id, words=self.words)
+    def __post_init__(self) -> None:
+        depths = [0, *(link.depth for link in self.chain)]
+        if not self.chain or any(a >= b for a, b in pairwise(depths)) or depths[-1] > len(self.trunk):
+            raise ValueError(f"a chain of depths {depths[1:]} does not rise, or not within {len(self.trunk)} stacks")
 
-    def continues(self, k: int) -> bool:
-        """Whether boundary `k` is made from boundary k - 1: where both stacks mask the same."""
-        return k > 1 and self.objective(k).identity() == self.objective(k - 1).identity()
+    @property
+    def compute_dtype(self) -> str:
+        """Format of the trunk's matrix products."""
+        return self.params.trunk.compute or self.params.compute.dtype
 
-    def identity(self, k: int) -> dict[str, Any]:
-        """What boundary `k` is, as JSON values; `key` names its store."""
-        params, objective = self.params, self.objective(k)
+    def objective(self, link: Link) -> Objective:
+        """What the stack that trains on a boundary learns: its masks are those that the boundary is made with."""
+        return objective_of_stack(
+            self.params,
+            link.stack,
+            self.trunk[0].shape.model.time,
+            tokens=self.tokens,
+            mask_id=self.mask_id,
+            words=self.words,
+            sweep=link.sweep,
+        )
+
+    def continues(self, i: int) -> bool:
+        """Whether link `i` of the chain is made from link i - 1: where the same is masked in both."""
+        if i == 0:
+            return False
+        below, link = self.chain[i - 1 : i + 1]
+        return self.objective(link).identity() == self.objective(below).identity()
+
+    def identity(self, link: Link) -> dict[str, Any]:
+        """What a boundary is, as JSON values; `key` names its store. Equal boundaries of two trainings are the same."""
+        params, objective, trunk = self.params, self.objective(link), self.trunk[: link.depth]
         determined_by = {
             "tokens": self.tokens_artifact.digest,
-            "trunk": [stack.artifact.digest for stack in self.trunk[:k]],
+            "trunk": [stack.digest for stack in trunk],
             "seed": params.seed,
             "seq_len": params.seq_len,
             "objective": objective.identity(),
-            "compute": params.compute.model_dump(include={"device", "dtype", "threads", "deterministic"}),
+            "compute": {
+                **params.compute.model_dump(include={"device", "threads", "deterministic"}),
+                "dtype": self.compute_dtype,
+            },
             "store": params.trunk.activations,
-            "code": digest_code((*CODE, *variant_sources(s.shape.stack_model(0) for s in self.trunk[:k]))),
+            "code": digest_code((*CODE, *variant_sources(stack.shape.stack_model(0) for stack in trunk))),
         }
         return {
-            "index": k,
+            "depth": link.depth,
             "rows": len(self.tokens) * objective.variants,
             "variants": objective.variants,
             "seq": params.seq_len,
             "d_model": self.trunk[0].shape.model.d_model,
-            "dtype": _STORE_DTYPES[params.trunk.activations],
+            "dtype": DTYPES[params.trunk.activations],
             "key": digest_json(determined_by),
         }
 
 
 class Boundaries:
-    """The stores of boundaries 1 ... k over one trunk.
+    """The stores of a chain of boundaries.
 
     Row `variant * samples + sample` holds what the frozen stacks make of that sample under that mask variant.
     """
@@ -120,34 +173,57 @@ class Boundaries:
         Args:
             source: what determines them.
             device: computes what is missing.
-            progress: is told (rows done, rows wanted) while something is made.
+            progress: is told (rows done, rows wanted) while something is made, by the thread that needs it.
         """
         self._source = source
         self._device = device
         self._progress = progress
         self._objective = lru_cache(maxsize=2)(source.objective)
+        self._identity = lru_cache(source.identity)
         self._loaded: tuple[int, Stack] | None = None
-        settings = source.params.activations
-        self._directory = Path(settings.directory)
-        self._budget = int(settings.budget_gb * 1e9)
-        self._shard_bytes = settings.shard_mb * 2**20
+        self._making = threading.RLock()  # guards _loaded
+        self._settings = source.params.activations
 
     @contextmanager
-    def open(self, k: int) -> Iterator["BoundaryReader"]:
-        """A reader of boundary `k`, all of which exists; what was missing has been made.
+    def open(self) -> Iterator["BoundaryReader"]:
+        """A reader of the last boundary of the chain; what was missing has been made.
+
+        With `activations.variants_at_once` only so many mask variants are there; the reader makes the others when it
+        is asked for them.
 
         Raises:
             UserError: the stores do not fit the byte budget.
         """
-        with self._store(k) as store:
-            self._complete(k, store, store.missing())
-            yield BoundaryReader(store, lambda shard: self._remake(k, store, shard))
+        last = len(self._source.chain) - 1
+        with self._store(last) as store:
+            held = HeldVariants(store, self._variants(last), self._at_once(last), partial(self._complete, last, store))
+            yield BoundaryReader(store, partial(self._remake, last, store), held if self._limited(last) else None)
+
+    def facts(self) -> dict[str, Any]:
+        """What the artifact of the last boundary tells: its identity, and what its format costs.
+
+        `relative_error` is the Frobenius norm of what rounding to the format has changed in the first rows, over that
+        of what the last stack put out in fp32. They are computed from the tokens: it depends on nothing else.
+        """
+        link = self._source.chain[-1]
+        identity = self._identity(link)
+        dtype, d_model = identity["dtype"], identity["d_model"]
+        if dtype == "float32":
+            return {**identity, "relative_error": 0.0}
+        rows = _batches(self._layout(identity), 0)[0]
+        with self._making, torch.inference_mode(), autocast(self._device, self._source.compute_dtype):
+            x = self._embed(link)(rows)
+            for i in range(link.depth):
+                exact = self._stack(i)(x.to(self._device).float(), self._context(link, rows)).float()
+                x = decode(encode(exact, dtype), dtype, d_model)
+            self._loaded = None
+            exact = exact.cpu().double()
+            return {**identity, "relative_error": float((x.double() - exact).norm() / exact.norm())}
 
     @contextmanager
-    def _store(self, k: int) -> Iterator[ActivationStore]:
-        identity = self._source.identity(k)
-        directory = self._directory / identity["key"]
-        layout = self._layout(identity)
+    def _store(self, i: int) -> Iterator[ActivationStore]:
+        """The store of link `i`."""
+        directory, layout = self._directory(i), self._layout(self._identity(self._source.chain[i]))
         with ExitStack() as stack:
             stack.enter_context(in_use(directory))
             try:
@@ -157,113 +233,166 @@ class Boundaries:
                 store = ActivationStore.create(directory, layout)
             yield stack.enter_context(store)
 
+    def _directory(self, i: int) -> Path:
+        key: str = self._identity(self._source.chain[i])["key"]
+        return Path(self._settings.directory) / key
+
+    def _variants(self, i: int) -> int:
+        count: int = self._identity(self._source.chain[i])["variants"]
+        return count
+
+    def _at_once(self, i: int) -> int:
+        """How many mask variants of link `i` are on disk at the same time."""
+        return min(self._settings.variants_at_once or self._variants(i), self._variants(i))
+
+    def _limited(self, i: int) -> bool:
+        return self._at_once(i) < self._variants(i)
+
     def _layout(self, identity: dict[str, Any]) -> StoreLayout:
-        seq, d_model, dtype = identity["seq"], identity["d_model"], identity["dtype"]
-        row_bytes = seq * d_model * (4 if dtype == "float32" else 2)
-        # Whole batches to a shard: then a row is always computed among the same others, whatever the shard size, which
-        # keeps its bits the same.
-        batch = _batch_rows(row_bytes)
-        shard_rows = max(1, rows_per_shard(row_bytes, self._shard_bytes) // batch) * batch
-        return StoreLayout(rows=identity["rows"], seq=seq, d_model=d_model, dtype=dtype, shard_rows=shard_rows)
+        rows, seq, d_model, dtype = (identity[name] for name in ("rows", "seq", "d_model", "dtype"))
+        activations = self._source.params.trunk.activations
+        return StoreLayout(
+            rows, seq, d_model, dtype, boundary_shard_rows(seq, d_model, activations, self._settings.shard_mb)
+        )
 
-    def _complete(self, k: int, store: ActivationStore, shards: list[int]) -> None:
-        """Make `shards` of boundary `k`.
+    def _make_room(self, i: int, store: ActivationStore) -> None:
+        layout, settings = store.layout, self._settings
+        size = boundary_bytes(
+            *(layout.rows, layout.seq, layout.d_model, self._source.params.trunk.activations, settings.shard_mb),
+            variants=self._variants(i),
+            at_once=self._at_once(i),
+        )
+        make_room(store.path, size, int(settings.budget_gb * 1e9))
 
-        If the stack below masks the same, from boundary k - 1, of which what is missing is made first; else from the
-        tokens through the whole trunk. Either way one stack is in memory at a time, and rows are computed among the
-        same others and rounded between stacks: a boundary has the same bits whatever it is made from.
+    def _complete(self, i: int, store: ActivationStore, shards: list[int]) -> None:
+        """Make `shards` of link `i`.
+
+        From the boundary below in the chain, if it is made with the same masks; else from the tokens through the whole
+        trunk. Either way one stack is in memory at a time, and rows are computed among the same others and rounded to
+        the store's format at every stack: a boundary has the same bits whatever it is made from.
         """
         if not shards:
             return
-        source, layout = self._source, store.layout
-        read: Callable[[np.ndarray], Tensor]
-        with ExitStack() as stack:
-            if source.continues(k):
-                below = stack.enter_context(self._store(k - 1))
-                self._complete(k - 1, below, sorted(set(below.missing()) & set(shards)))
-                read = BoundaryReader(below, lambda shard: self._remake(k - 1, below, shard)).read
-                stacks = [k - 1]
-            else:
-                read = self._embed(k)
-                stacks = list(range(k))
+        source, layout, link = self._source, store.layout, self._source.chain[i]
+        with self._making, ExitStack() as opened:
+            below = self._below(i, shards, opened)
+            read: Callable[[np.ndarray], Tensor] = self._embed(link) if below is None else below.read
+            stacks = range(0 if below is None else source.chain[i - 1].depth, link.depth)
+            # Only now: what the boundary below was made from may go, the boundary below may not.
+            self._make_room(i, store)
             # A group of shards passes through all stacks before the next begins.
             size = 1 if len(stacks) == 1 else max(1, _GROUP_BYTES // (layout.shard_rows * layout.row_bytes))
-            # Only now: what the boundary below was made from may go, the boundary below may not.
-            make_room(store.path, layout.total_bytes, self._budget)
-            stack.enter_context(torch.inference_mode())
-            stack.enter_context(autocast(self._device, source.params.compute.dtype))
+            opened.enter_context(torch.inference_mode())
+            opened.enter_context(autocast(self._device, source.compute_dtype))
             wanted, done = sum(len(layout.shard_range(g)) for g in shards), 0
-            for group in (shards[i : i + size] for i in range(0, len(shards), size)):
+            for group in (shards[first : first + size] for first in range(0, len(shards), size)):
                 batches = [rows for g in group for rows in _batches(layout, g)]
                 streams: Iterable[Tensor] = map(read, batches)
-                for i in stacks:
-                    module, made = self._stack(i), []
+                for k in stacks:
+                    module, made = self._stack(k), []
                     for rows, x in zip(batches, streams, strict=True):
-                        x = module(x.to(self._device).float(), self._context(k, rows))
-                        made.append(x.to(_torch_dtype(layout.dtype)).cpu().contiguous())
-                        done += len(rows) * (i == stacks[-1])
+                        x = module(x.to(self._device).float(), self._context(link, rows))
+                        made.append(encode(x, layout.dtype))
+                        done += len(rows) * (k == stacks[-1])
                         self._progress(done, wanted)
-                    streams = made
-                finished = map(_as_stored, streams)
+                    streams = (decode(stored, layout.dtype, layout.d_model) for stored in made)
+                finished = (stored.numpy() for stored in made)
                 for g in group:
                     store.write_shard(g, np.concatenate(list(islice(finished, len(_batches(layout, g))))))
             self._loaded = None
 
-    def _embed(self, k: int) -> Callable[[np.ndarray], Tensor]:
-        """Makes boundary 0 of some rows of boundary `k`."""
-        embeddings = self._source.trunk[0].load_embeddings(self._device)
-        return lambda rows: embeddings(torch.from_numpy(self._task(k, rows)[0].inputs).to(self._device))
+    def _below(self, i: int, shards: list[int], opened: ExitStack) -> "BoundaryReader | None":
+        """What link `i` is made from: the boundary below in the chain, with `shards` there; None: the tokens.
 
-    def _stack(self, i: int) -> Stack:
-        """Stack `i` of the trunk; the latest stays in memory until another is asked for."""
-        if self._loaded is None or self._loaded[0] != i:
+        Where few mask variants are on disk at once, it is made from a boundary below that happens to have them. None is
+        made for it: all that those below it lack would come and go with each variant.
+        """
+        if not self._source.continues(i):
+            return None
+        if self._limited(i) and not self._directory(i - 1).exists():
+            return None
+        below = opened.enter_context(self._store(i - 1))
+        lacking = sorted(set(below.missing()) & set(shards))
+        if self._limited(i) and lacking:
+            return None
+        self._complete(i - 1, below, lacking)
+        return BoundaryReader(below, partial(self._remake, i - 1, below))
+
+    def _remake(self, i: int, store: ActivationStore, shard: int) -> None:
+        store.drop_shard(shard)
+        self._complete(i, store, [shard])
+
+    def _embed(self, link: Link) -> Callable[[np.ndarray], Tensor]:
+        """Makes boundary 0 of some rows."""
+        embeddings = self._source.trunk[0].load_embeddings(self._device)
+        return lambda rows: embeddings(torch.from_numpy(self._task(link, rows)[0].inputs).to(self._device))
+
+    def _stack(self, k: int) -> Stack:
+        """Stack `k` of the trunk; the latest stays in memory until another is asked for."""
+        if self._loaded is None or self._loaded[0] != k:
             self._loaded = None
-            self._loaded = i, self._source.trunk[i].load_stack(self._source.params.compute.dtype, self._device)
+            self._loaded = k, self._source.trunk[k].load_stack(self._source.compute_dtype, self._device)
         return self._loaded[1]
 
-    def _remake(self, k: int, store: ActivationStore, shard: int) -> None:
-        store.drop_shard(shard)
-        self._complete(k, store, [shard])
-
-    def _task(self, k: int, rows: np.ndarray) -> tuple[Task, np.ndarray]:
-        """What the stacks see in `rows` of boundary `k`, and the tokens behind it `[n, seq]`."""
+    def _task(self, link: Link, rows: np.ndarray) -> tuple[Task, np.ndarray]:
+        """What the stacks see in `rows`, and the tokens behind it `[n, seq]`."""
         variants, samples = np.divmod(rows, len(self._source.tokens))
         tokens = self._source.tokens.samples(samples)
-        return self._objective(k)(tokens, samples, variants), tokens
+        return self._objective(link)(tokens, samples, variants), tokens
 
-    def _context(self, k: int, rows: np.ndarray) -> Context:
-        task, tokens = self._task(k, rows)
+    def _context(self, link: Link, rows: np.ndarray) -> Context:
+        task, tokens = self._task(link, rows)
         segments = None
         if self._source.trunk[0].shape.model.document_mask:
             segments = segments_of_documents(torch.from_numpy(tokens), self._source.eos_id).to(self._device)
         times = torch.from_numpy(task.times.astype(np.float32)).to(self._device)
-        return Context(causal=self._objective(k).causal, segments=segments, times=times)
+        return Context(causal=self._objective(link).causal, segments=segments, times=times)
 
 
 class BoundaryReader:
-    """Rows of a boundary; a damaged shard is remade on the way."""
+    """Rows of a boundary; a damaged shard is remade on the way, and so is a mask variant that is not on disk."""
 
-    def __init__(self, store: ActivationStore, remake: Callable[[int], None]) -> None:
+    def __init__(self, store: ActivationStore, remake: Callable[[int], None], held: HeldVariants | None = None) -> None:
+        """
+        Args:
+            store: of the boundary.
+            remake: makes a damaged shard again.
+            held: where not all mask variants are on disk at once.
+        """
         self._store = store
         self._remake = remake
+        self._held = held
+        self._reading = threading.Lock()  # or what one thread makes might go while another reads it
 
     def read(self, rows: np.ndarray, *, verify: bool = True) -> Tensor:
-        """The activations of `rows` `[n]` -> `[n, seq, d_model]` bf16 or fp32 on the CPU.
+        """The activations of `rows` `[n]` -> `[n, seq, d_model]` on the CPU: fp32 from an fp32 store, else bf16.
 
         Args:
             rows: row numbers.
             verify: check the checksum of each row; once a pass over the store has done so, it need not be done again.
+                Where variants come and go, every row is checked.
         """
-        layout = self._store.layout
-        out = torch.empty((len(rows), layout.seq, layout.d_model), dtype=_torch_dtype(layout.dtype))
-        buffer = out.view(torch.uint16).numpy() if layout.dtype == "bfloat16" else out.numpy()
+        layout, held = self._store.layout, self._held
+        stored = torch.empty((len(rows), layout.seq, layout.width), dtype=getattr(torch, layout.storage_dtype.name))
+        with self._reading:
+            if held is None:
+                self._fill(stored.numpy(), rows, verify)
+            else:
+                turns = np.flatnonzero(np.diff(rows // held.samples)) + 1
+                for slots, part in zip(np.split(stored.numpy(), turns), np.split(rows, turns), strict=True):
+                    held.want(int(part[0]) // held.samples)
+                    self._fill(slots, part, verify=True)
+        return decode(stored, layout.dtype, layout.d_model)
+
+    def _fill(self, slots: np.ndarray, rows: np.ndarray, verify: bool) -> None:
+        """Read `rows` `[n]` into `slots` `[n, seq, width]`."""
         remade: set[int] = set()
         while True:
             try:
-                self._store.read_rows(rows, buffer, verify=verify)
-                return out
+                return self._store.read_rows(rows, slots, verify=verify)
             except DamagedShard as damage:
-                if damage.shard in remade:
+                # One that is gone again was dropped by another process, which makes others of the same store.
+                if damage.shard in remade and damage.path.exists():
                     raise UserError(
                         f"{damage.path}: damaged again after it was remade ({damage.reason}); check the disk"
                     ) from None
@@ -271,36 +400,18 @@ class BoundaryReader:
                 self._remake(damage.shard)
 
 
-def check_identity(artifact: Artifact, source: Source) -> int:
-    """The index of the boundary that `artifact` names.
+def check_identity(artifact: Artifact, source: Source) -> None:
+    """Make sure that `artifact` names the last boundary of the chain.
 
     Raises:
-        UserError: it is the boundary of another trunk, other tokens, parameters or code than those at hand.
+        UserError: it is a boundary of another trunk, other tokens, parameters or code than those at hand.
     """
-    k = int(artifact.facts["index"])
-    if artifact.facts != source.identity(k):
+    identity = source.identity(source.chain[-1])
+    if {name: artifact.facts.get(name) for name in identity} != identity:
         raise UserError(f"{artifact.path}: is a boundary of another trunk, tokens, parameters or code; {REMEDY}")
-    return k
-
-
-def _batch_rows(row_bytes: int) -> int:
-    """Rows computed at a time: a power of two, at most 32, of about 8 MiB."""
-    rows = _BATCH_ROWS
-    while rows > 1 and rows * row_bytes > _BATCH_BYTES:
-        rows //= 2
-    return rows
 
 
 def _batches(layout: StoreLayout, shard: int) -> list[np.ndarray]:
     """The rows of a shard, as many at a time as are computed together."""
-    rows, size = np.array(layout.shard_range(shard)), _batch_rows(layout.row_bytes)
+    rows, size = np.array(layout.shard_range(shard)), rows_per_batch(layout.seq, layout.d_model)
     return np.split(rows, range(size, len(rows), size))
-
-
-def _torch_dtype(dtype: str) -> torch.dtype:
-    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
-
-
-def _as_stored(x: Tensor) -> np.ndarray:
-    """The numbers as `ActivationStore` takes them, without a copy."""
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()

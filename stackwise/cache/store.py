@@ -6,6 +6,12 @@ its end. Nothing is compressed: residuals hardly compress, and a plain row goes 
 into the caller's buffer. Numpy and Zarr have no bfloat16, so such rows are stored as `uint16` and the
 attribute `logical_dtype` tells what the bits mean.
 
+Formats narrower than that are stored as bytes: the array has the shape `[rows, seq, width]`, and the `width`
+bytes of a position are the codes of its channels, one byte each, followed by their scales. What a channel was
+is its code times its scale. The attributes tell what the codes are (`logical_dtype`: `int8` or
+`float8_e4m3fn`), how many there are (`d_model`), how many share a scale (`channels_per_scale`; the last of a
+position may be fewer), and what the scales are (`scale_dtype`; little endian).
+
 `zarr.open_array(path, mode="r")` reads a store like any other array. Zarr itself only writes the metadata,
 though: its own shard reader and writer are several times slower than what is below, and it returns zeros
 where a shard or a row is missing. Here whatever is missing or damaged raises `DamagedShard`.
@@ -29,17 +35,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-StoreDtype = Literal["bfloat16", "float32"]
+from stackwise.cache.sizes import CRC_BYTES, FORMATS, StoreDtype, index_bytes
 
-_STORAGE_DTYPES: dict[str, str] = {"bfloat16": "uint16", "float32": "float32"}
-_CRC_BYTES = 4
-_INDEX_ENTRY_BYTES = 16  # offset and length, both uint64
 _ABSENT = 2**64 - 1  # offset and length of a chunk that a shard does not hold
 _MAX_ROW_BYTES = 2**30  # one system call must be able to move a row; Linux stops just below 2 GiB
 _OPEN_SHARDS = 256  # file descriptors a store keeps, well below the usual limit of 1024 a process
@@ -103,22 +106,6 @@ class DamagedShard(DamagedStore):
         return f"shard {self.shard} ({self.path}): {self.reason}"
 
 
-def rows_per_shard(row_bytes: int, shard_bytes: int = 16 * 2**20) -> int:
-    """Number of rows, at least 1, that makes a shard of at most about `shard_bytes`.
-
-    Args:
-        row_bytes: size of one row in bytes.
-        shard_bytes: wanted size of a shard file in bytes. Bigger shards mean fewer files, smaller ones less
-            work that is repeated after a crash.
-
-    Raises:
-        ValueError: a size is not positive.
-    """
-    if row_bytes < 1 or shard_bytes < 1:
-        raise ValueError(f"sizes must be positive, not row_bytes={row_bytes}, shard_bytes={shard_bytes}")
-    return max(1, shard_bytes // row_bytes)
-
-
 @dataclass(frozen=True)
 class StoreLayout:
     """What fixes the bytes of a store, apart from the activations themselves.
@@ -127,7 +114,7 @@ class StoreLayout:
         rows: number of rows of the array.
         seq: positions of a row.
         d_model: channels of a position.
-        dtype: what an element means; bfloat16 is kept as uint16.
+        dtype: what a channel is; see above how those lie on disk that numpy does not know.
         shard_rows: rows of a shard; the last shard may have fewer.
 
     Raises:
@@ -145,30 +132,44 @@ class StoreLayout:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
-        if self.dtype not in _STORAGE_DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(_STORAGE_DTYPES)}, not {self.dtype!r}")
+        if self.dtype not in FORMATS:
+            raise ValueError(f"dtype must be one of {', '.join(FORMATS)}, not {self.dtype!r}")
         if self.row_bytes > _MAX_ROW_BYTES:
             raise ValueError(f"a row of {self.row_bytes} bytes is too big, {_MAX_ROW_BYTES} are possible")
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
         """Numpy dtype of the array on disk and of the buffers that are written and read (little endian)."""
-        return np.dtype(_STORAGE_DTYPES[self.dtype]).newbyteorder("<")
+        return np.dtype(FORMATS[self.dtype].element).newbyteorder("<")
+
+    @property
+    def width(self) -> int:
+        """Elements of the array for each position: its channels, or the bytes of their codes and scales."""
+        return FORMATS[self.dtype].token_bytes(self.d_model) // self.storage_dtype.itemsize
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What the metadata tells about the meaning of the elements."""
+        form, attributes = FORMATS[self.dtype], {"logical_dtype": self.dtype}
+        if not form.scale_bytes:
+            return attributes
+        shared = {"d_model": self.d_model, "channels_per_scale": form.channels_per_scale(self.d_model)}
+        return {**attributes, **shared, "scale_dtype": f"float{8 * form.scale_bytes}"}
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, without its checksum."""
-        return self.seq * self.d_model * self.storage_dtype.itemsize
+        return self.seq * FORMATS[self.dtype].token_bytes(self.d_model)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all shard files together."""
-        return self.rows * (self.row_bytes + _CRC_BYTES) + self.shards * self.index_bytes
+        return self.rows * (self.row_bytes + CRC_BYTES) + self.shards * self.index_bytes
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of the index at the end of every shard: one entry a row, present or not, and a checksum."""
-        return self.shard_rows * _INDEX_ENTRY_BYTES + _CRC_BYTES
+        """Bytes of the index at the end of every shard."""
+        return index_bytes(self.shard_rows)
 
     @property
     def shards(self) -> int:
@@ -191,7 +192,7 @@ class StoreLayout:
         Raises:
             IndexError: there is no such shard.
         """
-        return len(self.shard_range(g)) * (self.row_bytes + _CRC_BYTES) + self.index_bytes
+        return len(self.shard_range(g)) * (self.row_bytes + CRC_BYTES) + self.index_bytes
 
 
 class _OpenShard:
@@ -322,7 +323,7 @@ class ActivationStore:
 
         Args:
             g: number of the shard.
-            activations: `[rows of the shard, seq, d_model]`, C-contiguous, dtype `layout.storage_dtype`
+            activations: `[rows of the shard, seq, width]`, C-contiguous, dtype `layout.storage_dtype`
                 (for bfloat16 the bits as uint16). The last shard may have fewer rows than the others.
 
         Raises:
@@ -373,7 +374,7 @@ class ActivationStore:
 
         Args:
             rows: `[n]` integer row numbers. Sorted ones read somewhat faster from a cold disk.
-            out: `[n, seq, d_model]`, C-contiguous and writable, dtype `layout.storage_dtype`.
+            out: `[n, seq, width]`, C-contiguous and writable, dtype `layout.storage_dtype`.
             verify: compare every row with its checksum. Without it damaged *rows* go unnoticed; missing,
                 truncated and badly indexed shards never do.
 
@@ -408,14 +409,14 @@ class ActivationStore:
         Rows in memory are just read, for announcing one costs a good part of the time that copying it takes.
         Once one is not, the disk is told about all that are left before it is waited for.
         """
-        stride = self.layout.row_bytes + _CRC_BYTES
+        stride = self.layout.row_bytes + CRC_BYTES
         shard_of = [self._open_shard(row // self.layout.shard_rows) for row in rows]
         offsets = [row % self.layout.shard_rows * stride for row in rows]
-        stored = bytearray(_CRC_BYTES)
+        stored = bytearray(CRC_BYTES)
         waiting = False
         for i, (row, slot, shard, offset) in enumerate(zip(rows, slots, shard_of, offsets, strict=True)):
             buffers = (slot.data, stored) if verify else (slot.data,)
-            wanted = stride if verify else stride - _CRC_BYTES
+            wanted = stride if verify else stride - CRC_BYTES
             if not waiting and _read_from_memory(shard.fd, buffers, offset) != wanted:
                 waiting = True
                 for later in range(i, len(rows)):
@@ -449,7 +450,7 @@ class ActivationStore:
         index = os.pread(fd, self.layout.index_bytes, size - self.layout.index_bytes)
         if index == self._index_of(g):
             return
-        valid = _crc(np.frombuffer(index[:-_CRC_BYTES], np.uint8)) == index[-_CRC_BYTES:]
+        valid = _crc(np.frombuffer(index[:-CRC_BYTES], np.uint8)) == index[-CRC_BYTES:]
         reason = "does not list all rows in order" if valid else "does not match its checksum"
         raise DamagedShard(self.shard_path(g), g, f"the index {reason}")
 
@@ -469,7 +470,7 @@ class ActivationStore:
 
 def _crc(data: npt.NDArray[np.uint8]) -> bytes:
     """CRC-32C of a contiguous array as it is stored."""
-    return int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
+    return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")
 
 
 @cache
@@ -479,7 +480,7 @@ def _readers() -> ThreadPoolExecutor:
 
 
 def _check_buffer(name: str, array: npt.NDArray[Any], rows: int, layout: StoreLayout) -> None:
-    shape = (rows, layout.seq, layout.d_model)
+    shape = (rows, layout.seq, layout.width)
     if array.shape != shape or array.dtype != layout.storage_dtype:
         wanted = f"{layout.storage_dtype} of shape {shape}"
         raise ValueError(f"{name} must be {wanted}, not {array.dtype} of shape {array.shape}")
@@ -489,7 +490,7 @@ def _check_buffer(name: str, array: npt.NDArray[Any], rows: int, layout: StoreLa
 
 def _encode_index(layout: StoreLayout, rows: int) -> bytes:
     """Index of a shard that holds `rows` rows, one after the other; the entries after them say "absent"."""
-    stride = layout.row_bytes + _CRC_BYTES
+    stride = layout.row_bytes + CRC_BYTES
     entries = np.full((layout.shard_rows, 2), _ABSENT, dtype="<u8")
     entries[:rows, 0] = np.arange(rows, dtype=np.uint64) * np.uint64(stride)
     entries[:rows, 1] = stride
@@ -515,15 +516,15 @@ def _make_array(path: Path, layout: StoreLayout) -> None:
 
     zarr.create_array(
         store=str(path),
-        shape=(layout.rows, layout.seq, layout.d_model),
-        chunks=(1, layout.seq, layout.d_model),
-        shards=(layout.shard_rows, layout.seq, layout.d_model),
+        shape=(layout.rows, layout.seq, layout.width),
+        chunks=(1, layout.seq, layout.width),
+        shards=(layout.shard_rows, layout.seq, layout.width),
         dtype=layout.storage_dtype,
         compressors=[Crc32cCodec()],
         filters=None,
         fill_value=0,
         zarr_format=3,
-        attributes={"logical_dtype": layout.dtype},
+        attributes=layout.attributes,
     )
 
 
@@ -533,23 +534,29 @@ def _parse_metadata(document: Any) -> StoreLayout:
     Raises:
         ValueError, TypeError, KeyError, IndexError, AttributeError: the array is not an activation store.
     """
-    rows, seq, d_model = document["shape"]
+    (rows, seq, width), attributes = document["shape"], document["attributes"]
     shard_rows = document["chunk_grid"]["configuration"]["chunk_shape"][0]
-    layout = StoreLayout(rows, seq, d_model, document["attributes"]["logical_dtype"], shard_rows)
+    layout = StoreLayout(rows, seq, attributes.get("d_model", width), attributes["logical_dtype"], shard_rows)
     checksummed = [("bytes", {"endian": "little"}), ("crc32c", {})]
+    in_bytes: list[tuple[str, dict[str, str]]] = [("bytes", {}), ("crc32c", {})]  # single bytes have no order
     [(sharding, options)] = _named(document["codecs"])
     facts: dict[str, tuple[Any, Any]] = {
         "zarr_format": (document["zarr_format"], 3),
         "node_type": (document["node_type"], "array"),
         "data_type": (document["data_type"], layout.storage_dtype.name),
+        "width": (width, layout.width),
+        "attributes": ({name: attributes.get(name) for name in layout.attributes}, layout.attributes),
         "chunk_grid": (
             _named([document["chunk_grid"]]),
-            [("regular", {"chunk_shape": [shard_rows, seq, d_model]})],
+            [("regular", {"chunk_shape": [shard_rows, seq, width]})],
         ),
         "chunk_key_encoding": (_named([document["chunk_key_encoding"]]), [("default", {"separator": "/"})]),
         "codecs": (sharding, "sharding_indexed"),
-        "chunk_shape": (options["chunk_shape"], [1, seq, d_model]),
-        "codecs of a chunk": (_named(options["codecs"]), checksummed),
+        "chunk_shape": (options["chunk_shape"], [1, seq, width]),
+        "codecs of a chunk": (
+            _named(options["codecs"]),
+            checksummed if layout.storage_dtype.itemsize > 1 else in_bytes,
+        ),
         "index_codecs": (_named(options["index_codecs"]), checksummed),
         "index_location": (options.get("index_location", "end"), "end"),
         "storage_transformers": (document.get("storage_transformers", []), []),

@@ -22,15 +22,30 @@ class ComputeParams(Section):
     """Only deterministic algorithms: the same bytes again on the same machine."""
     compile: bool = False
     """Compile the trained modules with `torch.compile`."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block, and compute the rest again in the backward pass: less memory, about a third
+    more time (Chen et al. 2016)."""
+
+
+Precision = Literal["full", "half", "bfloat16", "int8", "fp8", "fp4", "nf4", "nvfp4"]
 
 
 class TrunkParams(Section):
-    """The frozen stacks below the one that trains."""
+    """The stacks that are trained already, as the one that trains sees them."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Format in which the trunk's weights are stored while stacks train on top of it."""
-    activations: Literal["fp32", "bf16"] = "bf16"
-    """Format of the cached activations."""
+    precision: Precision = "bfloat16"
+    """Format in which the trunk's weights are kept, on disk and in memory. Below 16 bits it saves memory, not time."""
+    precisions: list[Precision | None] = Field(default=[])
+    """Format of single stacks, in the order in which they are added; null, or none given: `precision`."""
+    compute: Literal["fp32", "bf16", "fp16"] | None = None
+    """Format of the trunk's matrix products (null: `compute.dtype`)."""
+    activations: Literal["fp32", "bf16", "int8", "fp8"] = "bf16"
+    """Format of the cached activations. int8 has a scale for every 64 channels, fp8 (e4m3) one for every token."""
+
+    def precision_of(self, k: int) -> Precision:
+        """The format of stack `k`."""
+        own = self.precisions[k] if k < len(self.precisions) else None
+        return own or self.precision
 
 
 class ActivationsParams(Section):
@@ -44,3 +59,9 @@ class ActivationsParams(Section):
     """Size of a shard file (2^20 bytes); a store with shards of another size is made again."""
     prefetch: int = Field(default=4, ge=1)
     """Batches that the loader keeps ready."""
+    variants_at_once: int | None = Field(default=None, ge=1)
+    """Mask variants of a boundary that are on disk at the same time; others are made when training comes to them (null:
+    all)."""
+    trunk: Literal["stream", "resident"] = "stream"
+    """Where nothing is cached: the frozen stacks are read from disk one at a time in every step, or all kept in
+    memory."""

@@ -186,7 +186,7 @@ class TimeParams(Section):
     """Times of the stacks in mode `depth`, from `objective.mask_max` for the lowest to `objective.mask_min` for the
     highest: evenly spaced, or with a constant ratio, or `time_per_stack`."""
     time_per_stack: list[float] = Field(default=[])
-    """The t of each stack, bottom to top (mode `depth`, mapping `custom`)."""
+    """The t of each stack, in the order in which they are added (mode `depth`, mapping `custom`)."""
 
     def problems(self) -> list[tuple[str, str]]:
         """What does not fit the mode."""

@@ -1,6 +1,5 @@
 """Section `objective`: what the stacks learn while pretraining, and what is masked."""
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
@@ -90,10 +89,6 @@ class ObjectiveParams(Section):
         found += self._schedule_problems()
         found += self._pool_problems()
         return found
-
-    def changed(self, keys: Iterable[str]) -> list[str]:
-        """Those of `keys` that are not at their defaults."""
-        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
 
     @property
     def by_training(self) -> bool:

@@ -15,6 +15,7 @@ from stackwise.config.allowed import as_yaml, at, dereference, in_words
 from stackwise.config.compute import ActivationsParams, ComputeParams, TrunkParams
 from stackwise.config.data import DataParams, TokenizerParams
 from stackwise.config.evaluation import EvaluateParams, ReportParams
+from stackwise.config.growth import AdaptersParams, GrowthParams, LoRAParams
 from stackwise.config.model import ModelParams
 from stackwise.config.objective import MASKED, MASKING, ObjectiveParams
 from stackwise.config.section import Section
@@ -56,7 +57,12 @@ class Params(Section):
     stack: StackParams
     """Defaults of all stacks."""
     stacks: list[StackOverrides]
-    """What single stacks do differently, bottom to top; `{}` is no difference. May be shorter than `n_stacks`."""
+    """What single stacks do differently, in the order in which they are added (with `append` bottom to top); `{}` is no
+    difference. May be shorter than `n_stacks`."""
+    growth: GrowthParams
+    """How the rack grows."""
+    adapters: AdaptersParams
+    """Low-rank adapters."""
     optimizer: OptimizerParams
     """AdamW and its learning-rate schedule."""
     compute: ComputeParams
@@ -79,10 +85,17 @@ class Params(Section):
     """MLflow. Changes no result."""
 
     def stack_params(self, k: int) -> StackParams:
-        """The parameters of stack `k`: the defaults with its overrides."""
-        if k >= len(self.stacks):
-            return self.stack
-        return self.stack.model_copy(update=self.stacks[k].model_dump(exclude_none=True, exclude={"attention", "mlp"}))
+        """The parameters of stack `k`: the defaults as they change with k, with its overrides."""
+        own = self.stack
+        update: dict[str, Any] = {}
+        # Nothing of the first stack depends on how others differ; and a stage may see no more than it declares.
+        if k and "steps" in vars(own):
+            update["steps"] = max(1, round(own.steps * own.steps_factor**k))
+        if k and "lr" in vars(own):
+            update["lr"] = own.lr * own.lr_factor**k
+        if k < len(self.stacks):
+            update |= self.stacks[k].model_dump(exclude_none=True, exclude={"attention", "mlp"})
+        return own.model_copy(update=update)
 
     def stack_model(self, k: int) -> ModelParams:
         """The architecture of stack `k`: `model` with its overrides."""
@@ -110,8 +123,10 @@ class Params(Section):
         found += self._tokenizer_problems()
         found += self._objective_problems()
         found += self._time_problems()
-        if self.stacks and self.stacks[0].init == "copy":
-            found.append(("stacks.0.init", "the first stack has none below it to copy: expected random or zero"))
+        found += self._growth_problems()
+        for k, overrides in enumerate(self.stacks[: self.n_stacks]):
+            if overrides.init == "copy" and self.growth.copied_by(k) is None:
+                found.append((f"stacks.{k}.init", "there is no trained stack to copy: expected random or zero"))
         sizes = {"stack.batch_size": self.stack.batch_size, "joint.batch_size": self.joint.batch_size}
         sizes |= {f"stacks.{k}.batch_size": s.batch_size for k, s in enumerate(self.stacks) if s.batch_size}
         for branch in FineTuneParams.model_fields:
@@ -120,6 +135,50 @@ class Params(Section):
         for path, size in sizes.items():
             if size % self.optimizer.accumulate:
                 found.append((path, f"expected a multiple of optimizer.accumulate ({self.optimizer.accumulate})"))
+        return found
+
+    def _growth_problems(self) -> list[tuple[str, str]]:
+        """A regime, formats or adapters that do not fit the stacks or the objective."""
+        growth, found = self.growth, []
+        if growth.mode == "layerwise":
+            message = "expected 1, because growth.mode is layerwise"
+            found += [("stack.blocks", message)] * (self.stack.blocks != 1)
+            found += [(f"stacks.{k}.blocks", message) for k, s in enumerate(self.stacks) if s.blocks not in (None, 1)]
+        masked = self.objective.type in MASKED
+        for key in ("masks", "consistency"):
+            if not masked and growth.changed((key,)):
+                message = f"has no effect with objective.type {self.objective.type}, which masks nothing: leave it out"
+                found.append((f"growth.{key}", message))
+        if not growth.has_trunk:
+            message = "has no effect with this regime of growth, in which every stack learns: leave it out"
+            found += [(f"trunk.{key}", message) for key in self.trunk.changed(("activations", "compute", "precisions"))]
+        if len(self.trunk.precisions) > self.n_stacks:
+            message = f"expected at most {self.n_stacks} formats, one for each of the n_stacks"
+            found.append(("trunk.precisions", message))
+        return found + self._adapter_problems()
+
+    def _adapter_problems(self) -> list[tuple[str, str]]:
+        """Adapters that nobody has, or that somebody must have."""
+        growth, found = self.growth, []
+        if (growth.trunk == "qlora") != (self.adapters.trunk is not None):
+            if growth.trunk == "qlora":
+                message = "expected a mapping (`{}` takes every default), because growth.trunk_strategy is qlora"
+            else:
+                message = "expected null, because growth.trunk_strategy is not qlora: no older stack learns adapters"
+            found.append(("adapters.trunk", message))
+        if self.adapters.stack is not None and (growth.strategy == "end_to_end" or growth.trunk == "trainable"):
+            why = "older stacks learn with all their weights" if growth.trunk == "trainable" else "no stack is added"
+            found.append(("adapters.stack", f"expected null: with this regime of growth {why}"))
+        if not self.adapters.merge and not (self.adapters.stack or self.adapters.trunk):
+            found.append(("adapters.merge", "has no effect without adapters: leave it out"))
+        for kind in ("stack", "trunk"):
+            settings: LoRAParams | None = getattr(self.adapters, kind)
+            if settings is None or settings.strategy != "variable":
+                continue
+            for key, needed in (("ranks", True), ("alphas", bool(settings.alphas))):
+                if needed and len(getattr(settings, key)) < self.n_stacks:
+                    message = f"expected a value for each of the n_stacks ({self.n_stacks}) stacks"
+                    found.append((f"adapters.{kind}.{key}", message))
         return found
 
     def _objective_problems(self) -> list[tuple[str, str]]:
@@ -212,8 +271,9 @@ class Params(Section):
                     found += [(f"stacks.{k}.{name}.{key}", message) for key, message in section.problems()]
             if given.attention is not None and not model.attention.problems():
                 found += [(f"stacks.{k}.{key}", message) for key, message in model.problems()]
-            if k and self.stack_params(k).init == "copy" and not model.same_weights(models[k - 1]):
-                message = f"stack {k} has other weights than stack {k - 1}, which it cannot copy"
+            copied = self.growth.copied_by(k)
+            if copied is not None and self.stack_params(k).init == "copy" and not model.same_weights(models[copied]):
+                message = f"stack {k} has other weights than stack {copied}, which it cannot copy"
                 found.append((f"stacks.{k}.init", f"{message}: expected random or zero"))
         return found
 
@@ -253,15 +313,24 @@ def view(params: Params, keys: Iterable[str]) -> Params:
 
 
 def _restrict(value: Any, tree: Mapping[str, Any]) -> Any:
-    if isinstance(value, list):  # of overrides: those that are not declared, or not there, read as no difference
-        return [
-            value[k] if str(k) in tree and k < len(value) else StackOverrides() for k in range(1 + max(map(int, tree)))
-        ]
-    kept = {k: getattr(value, k) if sub is None else _restrict(getattr(value, k), sub) for k, sub in tree.items()}
+    kept: dict[str, Any] = {}
+    for name, sub in tree.items():
+        own = getattr(value, name)
+        if sub is None:
+            kept[name] = own
+        elif isinstance(own, list):
+            kept[name] = _items(own, sub, StackOverrides() if name == "stacks" else None)
+        else:
+            kept[name] = _restrict(own, sub)
     part = type(value).model_construct(_fields_set=set(kept), **kept)
     for name in set(part.__dict__) - set(kept):  # defaults that model_construct has filled in
         del part.__dict__[name]
     return part
+
+
+def _items(values: list[Any], tree: Mapping[str, Any], blank: Any) -> list[Any]:
+    """Of a list with an item for each stack: those that are not declared, or not there, are `blank`."""
+    return [values[k] if str(k) in tree and k < len(values) else blank for k in range(1 + max(map(int, tree)))]
 
 
 class _Loader(yaml.SafeLoader):
@@ -324,7 +393,7 @@ def _find_problems(tree: dict[str, Any]) -> Iterator[str]:
         for key, message in section.problems() if path not in wrong else ():
             full = (*path, *key.split("."))
             if full not in reported:
-                yield f"{'.'.join(full)} = {_show(_lookup(tree, full))}: {message}"
+                yield f"{'.'.join(full)} = {_show(_lookup(params, full))}: {message}"
 
 
 def _without(tree: Any, paths: Iterable[tuple[int | str, ...]]) -> Any:
@@ -425,16 +494,14 @@ def _paths_of(key: str, section: type[Section] = Params, path: tuple[str, ...] =
             yield from _paths_of(key, inner, (*path, name))
 
 
-def _lookup(tree: Any, path: Iterable[str]) -> Any:
-    """The value at a path of the file; None where the file leaves it to its default."""
+def _lookup(node: Any, path: Iterable[str]) -> Any:
+    """The value at a path of the parameters; None where there is none."""
     for part in path:
-        if isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
-            tree = tree[int(part)]
-        elif isinstance(tree, dict):
-            tree = tree.get(part)
+        if isinstance(node, list):
+            node = node[int(part)] if part.isdigit() and int(part) < len(node) else None
         else:
-            return None
-    return tree
+            node = getattr(node, part, None)
+    return node.model_dump(exclude_unset=True) if isinstance(node, Section) else node
 
 
 def _show(value: Any) -> str:

@@ -1,5 +1,7 @@
 """The base of every section of `params.yaml`."""
 
+from collections.abc import Iterable
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -12,3 +14,8 @@ class Section(BaseModel):
     def problems(self) -> list[tuple[str, str]]:
         """Combinations of this section's own values that cannot be, as (key within the section, message)."""
         return []
+
+    def changed(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` that are not at their defaults."""
+        fields = type(self).model_fields
+        return [key for key in keys if getattr(self, key) != fields[key].get_default(call_default_factory=True)]

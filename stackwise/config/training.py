@@ -21,9 +21,27 @@ class StackParams(Section):
     """Samples per step."""
     lr: float = Field(default=3e-3, gt=0)
     """Peak learning rate."""
+    steps_factor: float = Field(default=1.0, gt=0)
+    """What `steps` is multiplied by from each stack to the next (1: the same for all)."""
+    lr_factor: float = Field(default=1.0, gt=0)
+    """What `lr` is multiplied by from each stack to the next."""
     init: Init = "copy"
     """Weights of a new stack: `copy` of the one below, `zero` (its output projections are zero, so it starts as the
     identity) or `random`. The first stack has nothing to copy and starts at random."""
+    stop_every: int | None = Field(default=None, ge=1)
+    """Steps between two validations on held-out text, after which training may end before its last step with the best
+    weights (null: it takes all steps)."""
+    patience: int = Field(default=3, ge=1)
+    """Validations without an improvement after which training ends (with `stop_every`)."""
+    stop_samples: int = Field(default=32, ge=1)
+    """Held-out samples of a validation, spread evenly over the split (with `stop_every`)."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Settings of validations that there are not."""
+        if self.stop_every is None:
+            message = "has no effect without stop_every: give the steps between two validations or leave it out"
+            return [(key, message) for key in self.changed(("patience", "stop_samples"))]
+        return []
 
 
 class StackOverrides(Section):
@@ -69,14 +87,24 @@ class OptimizerParams(Section):
     """Share of the steps in which schedule `wsd` decays; with `warmup` at most 1."""
     final_lr: float = Field(default=0.0, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
+    state: Literal["fp32", "int8"] = "fp32"
+    """Format of the two moments: fp32, or 8 bits with a scale for every 256 values (Dettmers et al. 2022)."""
+    in_backward: bool = False
+    """Update each weight as soon as its gradient is there, and drop the gradient: never are all in memory. Without
+    `grad_clip` and `accumulate`."""
 
     def problems(self) -> list[tuple[str, str]]:
-        """Phases that take more than all steps."""
+        """Phases that take more than all steps, and what needs all gradients at once."""
+        found = []
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
-            return [
-                ("decay", f"expected at most {1 - self.warmup:g}, because warmup takes {self.warmup:g} of the steps")
-            ]
-        return []
+            message = f"expected at most {1 - self.warmup:g}, because warmup takes {self.warmup:g} of the steps"
+            found.append(("decay", message))
+        if self.in_backward and self.grad_clip is not None:
+            message = "expected null with in_backward: the norm of the whole gradient is known only after the updates"
+            found.append(("grad_clip", message))
+        if self.in_backward and self.accumulate > 1:
+            found.append(("accumulate", "expected 1 with in_backward, which keeps no gradient to add to"))
+        return found
 
 
 class JointParams(Section):

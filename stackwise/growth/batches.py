@@ -15,7 +15,7 @@ from stackwise.objectives.targets import Objective
 
 @dataclass(frozen=True)
 class TokenBatches:
-    """Batches for a window that reads tokens; masks are fresh in each pass over the data."""
+    """Batches for a window that reads tokens."""
 
     tokens: TokenDataset
     order: SampleOrder
@@ -24,12 +24,17 @@ class TokenBatches:
     accumulate: int
     eos_id: int | None = None
     """End of a text, if attention stays within documents."""
+    variants: int | None = None
+    """How many mask variants the passes over the data revisit in turn (None: masks are fresh in each pass)."""
+    known: Objective | None = None
+    """How the stacks above a new one have learned to read the same samples."""
 
     def __call__(self, step: int) -> list[Batch]:
         """The micro-batches of a step (from 0)."""
         samples, epochs = self.order.at(step * self.batch_size, self.batch_size)
+        variants = epochs if self.variants is None else epochs % self.variants
         parts = np.split(np.arange(self.batch_size), self.accumulate)
-        return [self.batch(samples[part], epochs[part]) for part in parts]
+        return [self.batch(samples[part], variants[part]) for part in parts]
 
     def batch(self, samples: np.ndarray, variants: np.ndarray, activations: Tensor | None = None) -> Batch:
         """What a window sees of some samples under some mask variants.
@@ -45,4 +50,5 @@ class TokenBatches:
             task.targets,
             torch.from_numpy(task.times.astype(np.float32)),
             None if self.eos_id is None else segments_of_documents(torch.from_numpy(tokens), self.eos_id),
+            None if self.known is None else torch.from_numpy(self.known(tokens, samples, variants).inputs),
         )

@@ -12,9 +12,9 @@ from stackwise.data.tokens import Tokens
 from stackwise.errors import UserError
 from stackwise.model.context import segments_of_documents
 from stackwise.model.rack import Rack
+from stackwise.objectives.held_out import BoundObjective, masked_task, spread
 from stackwise.objectives.loss import token_log_probabilities
-from stackwise.objectives.masks import draw_mask
-from stackwise.objectives.targets import NO_TARGET, CausalObjective, CustomObjective, Task, masked_targets
+from stackwise.objectives.targets import NO_TARGET, CausalObjective, CustomObjective, Task
 from stackwise.precision.dtypes import autocast
 
 Metrics = dict[str, Any]
@@ -89,47 +89,32 @@ class Evaluator:
         return {**self._in_units(np.array(nats)), "accuracy": float(np.concatenate(hits).mean())}
 
     def _nelbo(self, rack: Rack) -> Metrics:
-        """The negative evidence lower bound over mask rates (0, 1].
-
-        Of a sample's seq tokens n are masked, n uniform on 1 ... seq, and the mean cross-entropy of the masked is its
-        expectation: the form of the bound with the least variance (Ou et al. 2024, equation 3.5; Nie et al. 2025,
-        equation 6). The n of all (sample, draw) pairs form a low-discrepancy sequence.
-        """
-        seq, draws = self._seq, self.params.draws
-        chosen = self._chosen()
-        pairs = np.arange(len(chosen) * draws)
-        phase = (pairs * ((math.sqrt(5) - 1) / 2) + 0.5) % 1.0
-        masked = 1 + np.minimum((phase * seq).astype(int), seq - 1)
-        nats = np.empty(len(pairs))
+        """`BoundObjective`, a few draws for each sample."""
+        chosen, draws = self._chosen(), self.params.draws
+        objective = BoundObjective(self.seed, self.tokens.vocabulary.mask_id)
+        pairs, nats = np.arange(len(chosen) * draws), []
         for part in np.array_split(pairs, math.ceil(len(pairs) / self.params.batch_size)):
-            nats[part] = self._masked_nats(rack, chosen[part // draws], masked[part] / seq, part)[0]
-        return self._in_units(nats.reshape(len(chosen), draws).mean(axis=1))
+            samples = chosen[part // draws]
+            tokens = self.tokens.validation.samples(samples)
+            nats.append(self._masked_nats(rack, objective(tokens, samples, part), tokens)[0])
+        return self._in_units(np.concatenate(nats).reshape(len(chosen), draws).mean(axis=1))
 
     def _at_rate(self, rack: Rack, rate: float) -> Metrics:
         nats, hits = [], []
         for samples in self._batches():
-            # Draw ids beyond those of the NELBO, and the same for every model and rate.
-            losses, right = self._masked_nats(rack, samples, np.full(len(samples), rate), -1 - samples)
+            tokens = self.tokens.validation.samples(samples)
+            # Draws beyond those of the NELBO, and the same for every model and rate.
+            rates, draws, mask_id = np.full(len(samples), rate), -1 - samples, self.tokens.vocabulary.mask_id
+            task = masked_task(tokens, rates, draws, seed=self.seed, mask_id=mask_id)
+            losses, right = self._masked_nats(rack, task, tokens)
             nats.append(losses)
             hits.append(right)
         return {**self._in_units(np.concatenate(nats)), "accuracy": float(np.concatenate(hits).mean())}
 
-    def _masked_nats(
-        self, rack: Rack, samples: np.ndarray, rates: np.ndarray, draws: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _masked_nats(self, rack: Rack, task: Task, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean cross-entropy of each sample's masked tokens `[n]` (nats) and whether each token was the likeliest."""
-        tokens = self.tokens.validation.samples(samples)
-        mask = np.stack(
-            [
-                draw_mask(
-                    np.random.default_rng([self.seed, draw % 2**32]), max(rate, 1 / self._seq), self._seq, exact=True
-                )
-                for rate, draw in zip(rates.tolist(), draws.tolist(), strict=True)
-            ]
-        )
-        inputs, counts = np.where(mask, self.tokens.vocabulary.mask_id, tokens), mask.sum(axis=1)
-        task = Task(inputs, masked_targets(tokens, mask, np.ones(len(tokens))), counts / self._seq)
         losses, hits = self._score(rack, task, tokens, causal=False)
+        counts = np.bincount(task.targets.rows.numpy() // self._seq)
         starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
         return np.add.reduceat(losses, starts) / counts, hits
 
@@ -146,9 +131,8 @@ class Evaluator:
         return -log_probabilities.double().cpu().numpy(), hits.cpu().numpy()
 
     def _chosen(self) -> np.ndarray:
-        """The samples that are measured, spread evenly over the split."""
-        n = len(self.tokens.validation)
-        return np.linspace(0, n - 1, min(n, self.params.samples)).round().astype(np.int64)
+        """The samples that are measured."""
+        return spread(len(self.tokens.validation), self.params.samples)
 
     def _batches(self) -> list[np.ndarray]:
         chosen = self._chosen()

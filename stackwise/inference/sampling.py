@@ -13,7 +13,8 @@ def sample_diffusion(
     """The ancestral sampler of mask-diffusion (Sahoo et al. 2024, algorithm 2; linear schedule).
 
     From a fully masked sample the time runs from 1 to 0 in equal steps; in a step from t to s every masked token is
-    revealed with probability (t - s) / t, drawn from the model's prediction.
+    revealed with probability (t - s) / t, drawn from the model's prediction. Where depth is time (`RackShape.entries`)
+    a sample enters ever higher as its masks become fewer, and passes by the stacks that have learned more noise.
 
     Returns:
         Token ids `[n, seq]` int64 on the CPU.
@@ -22,7 +23,8 @@ def sample_diffusion(
     tokens = torch.full((n, seq), mask_id, device=device)
     for step in range(steps):
         revealed = torch.rand((n, seq), generator=generator).to(device) < 1 / (steps - step)
-        logits = rack.logits(tokens, times=torch.full((n,), 1 - step / steps, device=device))
+        t = 1 - step / steps
+        logits = rack.head(rack(tokens, times=torch.full((n,), t, device=device), entry=rack.shape.entry(t)))
         tokens = torch.where((tokens == mask_id) & revealed, _draw(logits, temperature, generator), tokens)
     return tokens.cpu()
 

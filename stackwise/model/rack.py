@@ -39,6 +39,9 @@ class RackShape:
     """Width of the input embeddings: `d_model`, or that of the model they come from."""
     head_width: int
     """Width of the output head: likewise."""
+    entries: tuple[float, ...] = ()
+    """Depth as time: for each stack the share of masked tokens that it and those above it have learned to read straight
+    from the embeddings. Empty: only the lowest has."""
 
     def __post_init__(self) -> None:
         shared = self.model.model_copy(update={"attention": AttentionParams(), "mlp": MLPParams()})
@@ -62,6 +65,10 @@ class RackShape:
     def widths(self) -> dict[str, int]:
         """Those of the embeddings and the head, as `of` takes them."""
         return {"embedding_width": self.embedding_width, "head_width": self.head_width}
+
+    def entry(self, t: float) -> int:
+        """The highest stack at which text may enter of which the share `t` is masked."""
+        return max((k for k, own in enumerate(self.entries) if own >= t), default=0)
 
     def stack_model(self, k: int) -> ModelParams:
         """The architecture of stack `k`."""
@@ -94,7 +101,8 @@ class RackShape:
             {"blocks": s.blocks, "attention": s.attention.model_dump(), "mlp": s.mlp.model_dump()} for s in self.stacks
         ]
         model = self.model.model_dump(exclude={"attention", "mlp"})
-        return {"model": model, "stacks": stacks, "vocab_size": self.vocab_size, **self.widths}
+        entries = list(self.entries)
+        return {"model": model, "stacks": stacks, "vocab_size": self.vocab_size, **self.widths, "entries": entries}
 
     @classmethod
     def from_json(cls, shape: dict[str, Any]) -> "RackShape":
@@ -104,7 +112,8 @@ class RackShape:
             for s in shape["stacks"]
         )
         model = ModelParams.model_validate(shape["model"])
-        return cls(model, stacks, shape["vocab_size"], shape["embedding_width"], shape["head_width"])
+        widths, entries = (shape["embedding_width"], shape["head_width"]), tuple(shape["entries"])
+        return cls(model, stacks, shape["vocab_size"], *widths, entries)
 
 
 class Head(nn.Module):
@@ -169,6 +178,7 @@ class Rack(nn.Module):
         times: Tensor | None = None,
         segments: Tensor | None = None,
         cache: list[list[DecodingCache]] | None = None,
+        entry: int = 0,
     ) -> Tensor:
         """Token ids `[batch, seq]` -> the residual stream below the head `[batch, seq, d_model]`.
 
@@ -178,10 +188,11 @@ class Rack(nn.Module):
             times: the mask rate t of each sample `[batch]`, for models that are conditioned on it.
             segments: see `Context.segments`.
             cache: from `new_cache`: `tokens` continue what it has seen; wants `causal`.
+            entry: the stack at which they enter; those below it are passed by.
         """
         context = Context(causal=causal, segments=segments, times=times)
         x = self.embeddings(tokens)
-        for k, stack in enumerate(self.stacks):
+        for k, stack in enumerate(self.stacks[entry:], entry):
             x = stack(x, context, cache=cache[k] if cache else None)
         return x
 

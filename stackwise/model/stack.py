@@ -1,9 +1,12 @@
 """Block and Stack: the residual stream goes in and comes out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stackwise.config.model import ModelParams
 from stackwise.model.context import Context
@@ -55,6 +58,9 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(params) for _ in range(n_blocks))
         self.time = TimeEmbedding(params.time) if params.time.mode == "input" else None
+        self.checkpointing = False
+        """Keep only what goes into each block for the backward pass, which computes the rest again (Chen et al. 2016,
+        Training Deep Nets with Sublinear Memory Cost)."""
 
     def forward(self, x: Tensor, context: Context | None = None, *, cache: list[DecodingCache] | None = None) -> Tensor:
         """Boundary k `[batch, seq, d_model]` -> boundary k + 1 `[batch, seq, d_model]`.
@@ -70,10 +76,31 @@ class Stack(nn.Module):
             # Text without masks, as causal models see it, has t = 0.
             times = x.new_zeros(len(x), dtype=torch.float32) if context.times is None else context.times
             time = self.time(times)
+        recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
         for i, block in enumerate(self.blocks):
-            x = block(x, context, time=time, cache=cache[i] if cache else None)
+            if recompute:
+                x = checkpoint(block, x, context, time=time, use_reentrant=False, **_around(block.mlp))
+            else:
+                x = block(x, context, time=time, cache=cache[i] if cache else None)
         return x
 
     def new_cache(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> list[DecodingCache]:
         """Empty decoding caches of all blocks for up to `capacity` positions."""
         return [block.attention.new_cache(batch, capacity, device, dtype) for block in self.blocks]  # type: ignore[operator, union-attr]
+
+
+def _around(mlp: Any) -> dict[str, Any]:
+    """What `checkpoint` is to put around the two passes through a block; nothing, if need be: it cannot be compiled."""
+    if not hasattr(mlp, "balance_loss"):
+        return {}
+    return {"context_fn": lambda: (nullcontext(), _balance_loss_kept(mlp))}
+
+
+@contextmanager
+def _balance_loss_kept(mlp: Any) -> Iterator[None]:
+    """The loss that the first pass has left is the one that counts; the second's would keep a block's activations."""
+    kept = mlp.balance_loss
+    try:
+        yield
+    finally:  # also if the pass ends early, when all that is wanted is there
+        mlp.balance_loss = kept

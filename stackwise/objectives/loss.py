@@ -55,6 +55,22 @@ def embedding_loss(embeddings: Embeddings, x: Tensor, targets: Targets) -> Tenso
     return targets.embedding_weight * (targets.weights * distances).sum() / targets.batch_tokens
 
 
+def consistency_loss(x: Tensor, known: Tensor) -> Tensor:
+    """How far a new stack's output is from what the stacks above it have learned to read.
+
+    `|x - known|^2 / |known|^2` over the whole batch: 0 where they agree, 1 where `x` is zero.
+
+    Args:
+        x: the output `[batch, seq, d_model]`.
+        known: what was there when those stacks learned `[batch, seq, d_model]`; it does not learn.
+
+    Returns:
+        A scalar (fp32).
+    """
+    known = known.detach().float()
+    return (x.float() - known).square().sum() / known.square().sum()
+
+
 def weighted_cross_entropy(x: Tensor, weight: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
     """`sum_i weights_i * -log softmax(x_i weight^T)[tokens_i]`.
 

@@ -1,162 +1,25 @@
-"""Every value of every parameter of architecture and objective goes through the pipeline, and changes what it should.
+"""Every value of every parameter of architecture and objective goes through the pipeline and changes what it should."""
 
-The stages' own scripts run here one after the other in this process, as the table of stages calls them, on a tiny
-configuration; what has run already with the same command, parameters and inputs is put back from memory, as DVC would.
-"""
-
-import contextlib
-import hashlib
-import io
 import json
-import runpy
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from stackwise.config.params import Params, load, view
 from tests.conftest import COVERED
-from workflow.stage import resolve
-from workflow.stages import ALL, Stage, render, table
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-BASE: dict[str, Any] = {
-    "seed": 0,
-    "seq_len": 16,
-    "data": {"source": "dummy", "dummy_documents": 12},
-    "tokenizer": {"type": "byte", "vocab_size": None},
-    "model": {"d_model": 16, "attention": {"n_heads": 2}, "mlp": {"hidden": 24}},
-    "objective": {"variants": 2},
-    "n_stacks": 2,
-    "stack": {"blocks": 1, "steps": 4, "batch_size": 4, "lr": 1.0e-2, "init": "random"},
-    "stacks": [{}, {}],
-    "optimizer": {"warmup": 0.0},
-    "compute": {"dtype": "fp32", "threads": 1, "device": "cpu"},
-    "trunk": {},
-    "joint": {"batch_size": 4},
-    "fine_tune": {"clm": {"steps": 2, "batch_size": 4}, "mlm": {"steps": 2, "batch_size": 4}},
-    "evaluate": {"samples": 4, "draws": 1, "mask_rates": [0.5]},
-    "report": {"samples": 1, "steps": 2},
-    "activations": {"shard_mb": 1},
-    "checkpoint": {},
-    "tracking": {"enabled": False},
-}
-Changes = Mapping[str, Any]
-"""Values by dotted path of params.yaml."""
-
-
-class Pipeline:
-    """A project whose stages are run here."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._memory: dict[str, Path] = {}
-
-    def run(self, changes: Changes) -> dict[str, dict[str, str]]:
-        """Bring everything up to date for `BASE` with `changes`.
-
-        Returns:
-            For every stage the digests of the files that it makes; of an artifact those that its manifest lists,
-            without the manifest itself, which names the parameters.
-        """
-        (self.root / "params.yaml").write_text(yaml.safe_dump(changed(BASE, changes)))
-        params = load("params.yaml")
-        stages = table(params)
-        render(stages)
-        made: dict[str, dict[str, str]] = {}
-        whole: dict[str, str] = {}
-        for stage in stages:
-            if stage.name == "report":
-                continue
-            self._bring(stage, params, whole)
-            outputs = (*stage.outputs, *stage.metrics, *stage.plots)
-            whole |= {path: digest(self.root / path) for path in outputs}
-            made[stage.name] = {k: v for path in outputs for k, v in contents(self.root / path).items()}
-        return made
-
-    def _bring(self, stage: Stage, params: Params, inputs: Mapping[str, str]) -> None:
-        seen = params if ALL in stage.params else view(params, stage.params)
-        key = json.dumps([stage.command, resolve(seen), [inputs.get(path, path) for path in stage.inputs]])
-        outputs = (*stage.outputs, *stage.metrics, *stage.plots)
-        memory = self._memory.get(key)
-        for path in outputs:
-            place = self.root / path
-            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-        if memory is None:
-            call(stage.command)
-            memory = self._memory[key] = self.root / ".memory" / str(len(self._memory))
-            for path in outputs:
-                copy(self.root / path, memory / path)
-        else:
-            for path in outputs:
-                copy(memory / path, self.root / path)
-
-
-def call(command: str) -> None:
-    """Run a stage's script as its command does."""
-    python, script, *arguments = command.split()
-    assert python == "python"
-    argv, path = sys.argv, sys.path.copy()
-    said = io.StringIO()
-    try:
-        sys.argv = [str(REPOSITORY / script), *arguments]
-        with contextlib.redirect_stderr(said):
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as stop:
-        raise AssertionError(f"{command}\n{said.getvalue()[-3000:]}") from stop
-    finally:
-        sys.argv, sys.path[:] = argv, path
-
-
-def changed(tree: dict[str, Any], changes: Changes) -> dict[str, Any]:
-    """A copy of params with other values at some dotted paths."""
-    tree = json.loads(json.dumps(tree))
-    for path, value in changes.items():
-        *parents, last = path.split(".")
-        node: Any = tree
-        for key in parents:
-            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
-        node[int(last) if isinstance(node, list) else last] = value
-    return tree
-
-
-def copy(source: Path, target: Path) -> None:
-    """A file or directory, with the directories above it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-
-
-def digest(path: Path) -> str:
-    """Of an artifact its manifest's, of another file its own."""
-    file = path / "manifest.json" if path.is_dir() else path
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def contents(path: Path) -> dict[str, str]:
-    """Digests of the files of an artifact, or of a file. Of a boundary it is its identity."""
-    if not path.is_dir():
-        return {str(path): digest(path)}
-    manifest = json.loads((path / "manifest.json").read_text())
-    files = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest["files"]}
-    return files or {"key": manifest["facts"]["key"]}
+from tests.pipeline.inprocess import Changes, Pipeline, downstream, project
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     root = tmp_path_factory.mktemp("parameters")
-    with contextlib.chdir(root):
-        deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    with project(root) as found:
         pretrained(root)
         own_targets(root)
-        yield Pipeline(root)
-        torch.use_deterministic_algorithms(deterministic)
-        torch.set_num_threads(threads)
+        yield found
 
 
 def pretrained(root: Path) -> None:
@@ -306,6 +169,46 @@ def cases() -> Iterator[Case]:
     yield of(f"{o}.pool_size", 3, base={f"{o}.masks": "pool", f"{o}.pool_size": 2})
     yield of(f"{o}.unit", "word")
     yield of(f"{o}.unit", "word", base={f"{o}.count": "exact"})
+    # growth
+    g: Changes = {"n_stacks": 3}
+    prepend: Changes = {"growth.building_mode": "prepend"}
+    qlora: Changes = {"growth.window": 1, "growth.trunk_strategy": "qlora", "adapters.trunk": {"rank": 2}}
+    lora: Changes = {"adapters.stack": {"rank": 2}}
+    yield of("growth.masks", "redraw")
+    yield of("growth.window", 1, stack_1, base=g)
+    yield of("growth.window", None, "train_stack_2", base={**g, "growth.window": 1})
+    yield of("growth.stride", 2, stack_1, base=g)
+    yield of("growth.unfreeze", 0.5, stack_1, base={"growth.window": 1})
+    yield of("growth.building_mode", "prepend", stack_1, base=g)
+    yield of("growth.building_mode", "insert", stack_1, base=g)
+    yield of("growth.trunk_strategy", "frozen", stack_1, base={"growth.building_mode": "insert"})
+    yield of("growth.consistency", 0.5, stack_1, base=prepend)
+    yield of("growth.sweeps", 1, "train_stack_0_sweep_1")
+    yield of("growth.sweeps", 2, "train_stack_0_sweep_2", base={"growth.sweeps": 1})
+    yield of("stack.steps_factor", 2.0, stack_1)
+    yield of("stack.lr_factor", 0.5, stack_1)
+    # formats and adapters
+    for precision in ("full", "half", "int8", "fp8", "fp4", "nf4", "nvfp4"):
+        yield of("trunk.precision", precision, "quantize_trunk_0")
+    yield of("trunk.precision", "nf4", "quantize_trunk_0", base=prepend)
+    yield of("trunk.precisions", [None, "nf4"], "quantize_trunk_1", base=g)
+    yield of("trunk.activations", "fp32", "cache_activations_1")
+    yield of("trunk.activations", "int8", "cache_activations_1")
+    yield of("trunk.activations", "fp8", "cache_activations_1")
+    yield of("trunk.compute", "bf16", "cache_activations_1")
+    yield of("trunk.compute", "bf16", stack_1, base=prepend)
+    yield of("adapters.stack", {"rank": 2}, stack_1)
+    yield of("adapters.stack.rank", 3, stack_1, base=lora)
+    yield of("adapters.stack.alpha", 3.0, stack_1, base=lora)
+    yield of("adapters.stack.dropout", 0.5, stack_1, base=lora)
+    yield of("adapters.stack.lr", 1.0e-3, stack_1, base=lora)
+    yield of("adapters.stack.target_modules", ["q_proj", "down_proj"], stack_1, base=lora)
+    yield of("adapters.trunk.rank", 3, stack_1, base=qlora)
+    yield of("adapters.trunk.lr", 1.0e-3, stack_1, base=qlora)
+    yield of("trunk.precision", "nf4", "quantize_trunk_0", base=qlora)
+    # whoever loads adapters merges them: what is made of the rack is the same
+    unmerged = "evaluate_fused fine_tune_clm fine_tune_mlm evaluate_clm evaluate_mlm"
+    yield of("adapters.merge", False, "fuse", base=lora, spared=unmerged)
     # objectives
     yield of(o, {"type": "clm"})
     yield of(f"{o}.type", "mlm", base={f"{o}.mask_max": 0.5})
@@ -323,6 +226,12 @@ def cases() -> Iterator[Case]:
     yield of("fine_tune.mlm.random_share", 0.5, "fine_tune_mlm")
     yield of("fine_tune.mlm.keep_share", 0.5, "fine_tune_mlm")
     yield of("model.document_mask", True, base={"seq_len": 256})
+    # early stopping
+    steep: Changes = {"stack.steps": 12, "stack.lr": 0.3, "optimizer.schedule": "constant"}
+    yield of("stack.stop_every", 2, base=steep)
+    stopping = {**steep, "stack.stop_every": 1, "stack.patience": 4}
+    yield of("stack.patience", 1, base=stopping)
+    yield of("stack.stop_samples", 2, base=stopping)
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
@@ -330,18 +239,7 @@ def test_parameter(case: Case, pipeline: Pipeline, record_property: Callable[[st
     before = pipeline.run(case.base)
     after = pipeline.run({**case.base, **case.change})
     different = {name for name in after if after[name] != before.get(name)}
-    expected = downstream(case.first) - set(case.spared)
+    added = after.keys() - before.keys()  # stages that there were not before
+    expected = downstream(case.first) - set(case.spared) | added
     assert different == expected
     record_property(COVERED, f"{case.name:<60} {len(different):>2} of {len(after)} stages, from {case.first}")
-
-
-def downstream(first: str) -> set[str]:
-    """A stage and all that use what it makes, directly or not."""
-    stages = [stage for stage in table(load("params.yaml")) if stage.name != "report"]
-    found: set[str] = {first}
-    made: set[str] = set()
-    for stage in stages:
-        if stage.name == first or made & set(stage.inputs):
-            found.add(stage.name)
-            made |= {*stage.outputs, *stage.metrics, *stage.plots}
-    return found

@@ -1,13 +1,16 @@
-"""The Python in docs/architecture.md runs, and what the page says of costs and names is so."""
+"""The Python in docs/architecture.md and docs/python.md runs, and what the pages say of costs and names is so."""
 
 import re
+import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 
+import stackwise.api
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams, PretrainedParams, TimeParams
 from stackwise.config.objective import ObjectiveParams
 from stackwise.config.section import Section
@@ -18,19 +21,33 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/architecture.md").read_text()
 
 
-def test_the_python_runs() -> None:
-    """All blocks in one namespace, then the tests that they define."""
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
-    assert len(blocks) >= 4
-    names: dict[str, Any] = {"__name__": "architecture"}
-    for block in blocks:
-        line = PAGE.count("\n", 0, block.start(1))
+def run_python(path: str) -> dict[str, Any]:
+    """Run all blocks of a page in one namespace, which is returned."""
+    page = (ROOT / path).read_text()
+    names: dict[str, Any] = {"__name__": path}
+    for block in re.finditer(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        line = page.count("\n", 0, block.start(1))
         torch.manual_seed(0)
-        exec(compile("\n" * line + block[1], "docs/architecture.md", "exec"), names)
-    tests = [value for name, value in names.items() if name.startswith("test_")]
+        exec(compile("\n" * line + block[1], path, "exec"), names)
+    return names
+
+
+def test_the_python_of_the_architecture_runs() -> None:
+    """Then the tests that it defines."""
+    tests = [value for name, value in run_python("docs/architecture.md").items() if name.startswith("test_")]
     assert tests
     for test in tests:
         test()
+
+
+def test_the_python_of_notebooks_runs(tmp_path: Path) -> None:
+    """All that `stackwise.api` names is in it."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with chdir(tmp_path):
+        names = run_python("docs/python.md")
+    torch.use_deterministic_algorithms(deterministic)
+    assert set(stackwise.api.__all__) <= names.keys()
 
 
 def test_every_choice_is_on_the_page() -> None:

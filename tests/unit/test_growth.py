@@ -3,7 +3,7 @@
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from stackwise.artifacts.manifest import Artifact
 from stackwise.cache import boundary as boundary_module
 from stackwise.cache import budget
 from stackwise.cache.batches import BoundaryBatches
-from stackwise.cache.boundary import Boundaries, BoundaryReader, Source, check_identity
+from stackwise.cache.boundary import Boundaries, BoundaryReader, Link, Source, check_identity
 from stackwise.cache.store import ActivationStore
+from stackwise.config.compute import Precision
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
 from stackwise.config.objective import ObjectiveParams
 from stackwise.config.params import Params, view
@@ -27,20 +28,23 @@ from stackwise.config.training import StackParams
 from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import Tokens, open_tokens
 from stackwise.errors import UserError
+from stackwise.growth.assembly import Assembly
 from stackwise.growth.batches import TokenBatches
+from stackwise.growth.fusing import fuse
 from stackwise.growth.init import initialize
 from stackwise.growth.racks import load_rack, save_rack
-from stackwise.growth.stacks import TrainedStack, fuse, new_window, save_stack
+from stackwise.growth.stacks import TrainedStack, Training
 from stackwise.growth.window import Batch, Window
 from stackwise.model import rope
 from stackwise.model.context import Context
 from stackwise.model.rack import Rack, RackShape
 from stackwise.objectives.masks import draw_masks
 from stackwise.objectives.targets import MaskDiffusionObjective, masked_targets
+from stackwise.precision import formats
 from stackwise.precision.dtypes import DTYPES, autocast
-from stackwise.precision.trunk import TrunkStack, quantize_stack
+from stackwise.precision.trunk import TrunkStack
+from tests.unit.growing import CPU, params_with, published, quantized, window_of
 
-CPU = torch.device("cpu")
 VOCAB, EOS, SEQ, SAMPLES = 29, 28, 64, 100
 MODEL = ModelParams(d_model=64, attention=AttentionParams(n_heads=4), mlp=MLPParams(hidden=96))
 TIED = MODEL.model_copy(update={"tie_embeddings": True})
@@ -48,15 +52,19 @@ ONE = StackParams(blocks=1)
 
 
 def window_above(
-    below: TrainedStack | None,
-    *,
-    model: ModelParams = MODEL,
-    params: StackParams = ONE,
-    first: TrainedStack | None = None,
-) -> Window:
-    index = 0 if below is None else below.index + 1
-    shape = RackShape.of(model, [params.blocks], VOCAB)
-    return new_window(index, shape=shape, init=params.init, seed=0, below=below, first=first or below)
+    trainings: Sequence[Training], *, model: ModelParams = MODEL, params: StackParams = ONE, vocab_size: int = VOCAB
+) -> Assembly:
+    """The next stack, above those that are trained."""
+    k = len(trainings)
+    return window_of(
+        params_with(model=model, stack=params),
+        f"{k}=new",
+        trainings,
+        vocab_size=vocab_size,
+        copies=k - 1 if k else None,
+        embeddings_learn=not k,
+        reads_tokens=not k,
+    )
 
 
 def some_batch(window: Window, index: int) -> Batch:
@@ -81,39 +89,32 @@ def trained(window: Window, index: int) -> set[str]:
     return {name for name, p in window.named_parameters() if not torch.equal(p, before[name])}
 
 
-def publish(
-    directory: Path,
-    window: Window,
-    *,
-    below: TrainedStack | None = None,
-    model: ModelParams = MODEL,
-) -> TrainedStack:
-    index = 0 if below is None else below.index + 1
-    inputs = {} if below is None else {"below": below.artifact}
-    shape = RackShape.of(model, [len(window.stacks[0].blocks)], VOCAB)  # type: ignore[arg-type]
-    with manifest.publish(directory, kind="stack", params={}, inputs=inputs) as draft:
-        draft.facts |= save_stack(draft.directory, window, index=index, shape=shape)
-    return TrainedStack(manifest.read(directory, "stack"))
-
-
-def grown(directory: Path, n: int, *, model: ModelParams = MODEL, params: StackParams = ONE) -> list[TrainedStack]:
-    """A rack of `n` trained stacks."""
-    stacks: list[TrainedStack] = []
+def grown(directory: Path, n: int, *, model: ModelParams = MODEL, params: StackParams = ONE) -> list[Training]:
+    """The trainings of a rack of `n` stacks."""
+    trainings: list[Training] = []
     for k in range(n):
-        below = stacks[-1] if stacks else None
-        window = window_above(below, model=model, params=params, first=stacks[0] if stacks else None)
-        trained(window, k)
-        stacks.append(publish(directory / f"stack-{k}", window, below=below, model=model))
-    return stacks
+        assembly = window_above(trainings, model=model, params=params)
+        trained(assembly.window, k)
+        trainings.append(published(directory / f"stack-{k}", assembly, trainings))
+    return trainings
+
+
+def newest(trainings: Sequence[Training]) -> list[TrainedStack]:
+    """The stack that each training has added."""
+    return [training.stack(k) for k, training in enumerate(trainings)]
+
+
+def fused(trainings: Sequence[Training]) -> Rack:
+    return fuse(trainings, range(len(trainings)), {})
 
 
 @pytest.fixture(scope="module")
-def stacks(tmp_path_factory: pytest.TempPathFactory) -> list[TrainedStack]:
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> list[Training]:
     return grown(tmp_path_factory.mktemp("stacks"), 3)
 
 
 @pytest.fixture(scope="module")
-def tied_stacks(tmp_path_factory: pytest.TempPathFactory) -> list[TrainedStack]:
+def tied_trainings(tmp_path_factory: pytest.TempPathFactory) -> list[Training]:
     return grown(tmp_path_factory.mktemp("tied"), 3, model=TIED)
 
 
@@ -134,36 +135,35 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # --- new stacks
 
 
-def test_copy_starts_from_the_stack_below(stacks: list[TrainedStack]) -> None:
-    window = window_above(stacks[0], params=StackParams(blocks=1, init="copy"))
-    assert equal(window.stacks[0].state_dict(), stacks[0].load_stack().state_dict())
+def test_copy_starts_from_the_stack_below(trainings: list[Training]) -> None:
+    window = window_above(trainings[:1], params=StackParams(blocks=1, init="copy")).window
+    assert equal(window.stacks[0].state_dict(), trainings[0].stack(0).load_stack().state_dict())
 
 
-def test_random_starts_from_its_own_draws(stacks: list[TrainedStack]) -> None:
+def test_random_starts_from_its_own_draws(trainings: list[Training]) -> None:
     params = StackParams(blocks=1, init="random")
-    window = window_above(stacks[0], params=params)
-    again = window_above(stacks[0], params=params)
+    window = window_above(trainings[:1], params=params).window
+    again = window_above(trainings[:1], params=params).window
     assert equal(window.state_dict(), again.state_dict())
-    fresh = window_above(None, params=params).stacks[0].state_dict()
+    fresh = window_above([], params=params).window.stacks[0].state_dict()
     for name, weight in window.stacks[0].state_dict().items():
         assert torch.equal(weight, fresh[name]) == (weight.ndim == 1), name
 
 
 @pytest.mark.parametrize("model", [MODEL, TIED], ids=["untied", "tied"])
 def test_zero_preserves_the_function_exactly(
-    model: ModelParams, stacks: list[TrainedStack], tied_stacks: list[TrainedStack], tmp_path: Path
+    model: ModelParams, trainings: list[Training], tied_trainings: list[Training], tmp_path: Path
 ) -> None:
-    below = (tied_stacks if model.tie_embeddings else stacks)[:2]
-    params = StackParams(blocks=3, init="zero")
-    window = window_above(below[-1], model=model, params=params, first=below[0])
-    above = publish(tmp_path / "zero", window, below=below[-1], model=model)
-    assert torch.equal(logits(fuse([*below, above])), logits(fuse(below)))
-    changed = trained(window, 2)  # it is no dead end: everything in it trains
-    assert {name for name, p in window.named_parameters() if p.requires_grad} == changed
+    below = (tied_trainings if model.tie_embeddings else trainings)[:2]
+    assembly = window_above(below, model=model, params=StackParams(blocks=3, init="zero"))
+    above = published(tmp_path / "zero", assembly, below)
+    assert torch.equal(logits(fused([*below, above])), logits(fused(below)))
+    changed = trained(assembly.window, 2)  # it is no dead end: everything in it trains
+    assert {name for name, p in assembly.window.named_parameters() if p.requires_grad} == changed
 
 
 def test_zero_makes_the_first_stack_the_identity() -> None:
-    window = window_above(None, params=StackParams(blocks=2, init="zero"))
+    window = window_above([], params=StackParams(blocks=2, init="zero")).window
     assert window.embeddings is not None
     with torch.no_grad():
         tokens = some_tokens()
@@ -173,48 +173,47 @@ def test_zero_makes_the_first_stack_the_identity() -> None:
 def test_copy_of_the_first_stack_is_random() -> None:
     """There is nothing to copy."""
     copy, random = (
-        window_above(None, params=params) for params in (StackParams(init="copy"), StackParams(init="random"))
+        window_above([], params=params).window for params in (StackParams(init="copy"), StackParams(init="random"))
     )
     assert equal(copy.state_dict(), random.state_dict())
 
 
 @pytest.mark.parametrize(("from_blocks", "to_blocks"), [(2, 5), (3, 1), (2, 2)])
 def test_copy_into_another_number_of_blocks(tmp_path: Path, from_blocks: int, to_blocks: int) -> None:
-    (below,) = grown(tmp_path, 1, params=StackParams(blocks=from_blocks))
-    window = window_above(below, params=StackParams(blocks=to_blocks, init="copy"))
-    source: Any = below.load_stack().blocks
-    target: Any = window.stacks[0]
+    below = grown(tmp_path, 1, params=StackParams(blocks=from_blocks))
+    assembly = window_above(below, params=StackParams(blocks=to_blocks, init="copy"))
+    source: Any = below[0].stack(0).load_stack().blocks
+    target: Any = assembly.window.stacks[0]
     assert len(target.blocks) == to_blocks
     for i, block in enumerate(target.blocks):
         assert equal(block.state_dict(), source[i % from_blocks].state_dict())
-    above = publish(tmp_path / "above", window, below=below)
-    rack = fuse([below, above])
+    rack = fused([*below, published(tmp_path / "above", assembly, below)])
     assert [stack.blocks for stack in rack.shape.stacks] == [from_blocks, to_blocks]
     assert [len(stack.blocks) for stack in rack.stacks] == [from_blocks, to_blocks]  # type: ignore[arg-type]
 
 
-def test_head_is_carried_over_and_trains(stacks: list[TrainedStack]) -> None:
+def test_head_is_carried_over_and_trains(trainings: list[Training]) -> None:
     for init in ("copy", "zero", "random"):
-        window = window_above(stacks[0], params=StackParams(blocks=1, init=init))
-        assert equal(window.head.state_dict(), stacks[0].load_head(None).state_dict())
+        window = window_above(trainings[:1], params=StackParams(blocks=1, init=init)).window
+        assert equal(window.head.state_dict(), trainings[0].load_head(None).state_dict())
     assert {"head.norm.weight", "head.projection.weight"} <= trained(window, 1)
 
 
-def test_embeddings_train_with_the_first_stack_only(stacks: list[TrainedStack]) -> None:
-    first, second = window_above(None), window_above(stacks[0])
+def test_embeddings_train_with_the_first_stack_only(trainings: list[Training]) -> None:
+    first, second = window_above([]).window, window_above(trainings[:1]).window
     assert {"embeddings.table", "embeddings.mask"} <= trained(first, 0)
     assert second.embeddings is None
-    assert (stacks[0].artifact.path / "embeddings.safetensors").exists()
-    assert not (stacks[1].artifact.path / "embeddings.safetensors").exists()
+    assert (trainings[0].artifact.path / "embeddings.safetensors").exists()
+    assert not (trainings[1].artifact.path / "embeddings.safetensors").exists()
 
 
-def test_tied_head_is_frozen_after_the_first_stack(tied_stacks: list[TrainedStack]) -> None:
-    first = window_above(None, model=TIED)
+def test_tied_head_is_frozen_after_the_first_stack(tied_trainings: list[Training]) -> None:
+    first = window_above([], model=TIED).window
     assert {"embeddings.table", "head.norm.weight"} <= trained(first, 0)
     assert first.head.weight.requires_grad
-    third = window_above(tied_stacks[1], model=TIED, first=tied_stacks[0])
+    third = window_above(tied_trainings[:2], model=TIED).window
     assert third.embeddings is not None
-    assert equal(third.embeddings.state_dict(), tied_stacks[0].load_embeddings().state_dict())
+    assert equal(third.embeddings.state_dict(), tied_trainings[0].load_embeddings().state_dict())
     changed = trained(third, 2)
     assert "head.norm.weight" in changed  # only the norm trains
     assert not any("embeddings" in name for name in changed)
@@ -224,22 +223,23 @@ def test_tied_head_is_frozen_after_the_first_stack(tied_stacks: list[TrainedStac
 def test_frozen_up_is_carried_along(tmp_path: Path) -> None:
     model = MODEL.model_copy(update={"mlp": MLPParams(hidden=96, frozen_up=True)})
     both = grown(tmp_path, 2, model=model)
-    a, b = (s.load_stack().state_dict() for s in both)
+    a, b = (s.load_stack().state_dict() for s in newest(both))
     same = {name for name in a if torch.equal(a[name], b[name])}
     assert same == {"blocks.0.mlp.gate_proj.seed", "blocks.0.mlp.up_proj.seed"}
-    lower, upper = (stack.blocks[0].mlp.up_proj.value for stack in fuse(both).stacks)  # type: ignore[index, union-attr]
+    lower, upper = (stack.blocks[0].mlp.up_proj.value for stack in fused(both).stacks)  # type: ignore[index, union-attr]
     assert torch.equal(lower, upper)
-    assert torch.equal(lower, both[0].load_stack().blocks[0].mlp.up_proj.value)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(lower, both[0].stack(0).load_stack().blocks[0].mlp.up_proj.value)  # type: ignore[union-attr, arg-type]
 
 
-def test_new_stack_refuses_what_it_cannot_stand_on(stacks: list[TrainedStack]) -> None:
+def test_new_stack_refuses_what_it_cannot_stand_on(trainings: list[Training]) -> None:
     wider = MODEL.model_copy(update={"d_model": 128})
-    with pytest.raises(UserError, match=r"stack-0: cannot stand below stack 1: it is stack 0 of another architecture"):
-        new_window(1, shape=RackShape.of(wider, [1], VOCAB), init="copy", seed=0, below=stacks[0], first=None)
-    with pytest.raises(UserError, match="another architecture or vocabulary"):
-        new_window(1, shape=RackShape.of(MODEL, [1], VOCAB + 1), init="copy", seed=0, below=stacks[0], first=None)
-    with pytest.raises(UserError, match="cannot stand below stack 2: it is stack 0"):
-        new_window(2, shape=RackShape.of(MODEL, [1], VOCAB), init="copy", seed=0, below=stacks[0], first=None)
+    another = r"stack-0: is of another architecture or vocabulary; run `dvc repro` or `snakemake`, which train what"
+    with pytest.raises(UserError, match=another):
+        window_above(trainings[:1], model=wider, params=StackParams(blocks=1, init="random"))
+    with pytest.raises(UserError, match=another):
+        window_above(trainings[:1], vocab_size=VOCAB + 1)
+    with pytest.raises(UserError, match=r"stack 0: none of the trainings given holds its weights; run `dvc repro`"):
+        window_above(trainings[1:2])
 
 
 # --- racks
@@ -247,14 +247,14 @@ def test_new_stack_refuses_what_it_cannot_stand_on(stacks: list[TrainedStack]) -
 
 @pytest.mark.parametrize("model", [MODEL, TIED], ids=["untied", "tied"])
 def test_fused_rack_is_its_stacks_one_after_the_other(
-    model: ModelParams, stacks: list[TrainedStack], tied_stacks: list[TrainedStack]
+    model: ModelParams, trainings: list[Training], tied_trainings: list[Training]
 ) -> None:
-    parts = tied_stacks if model.tie_embeddings else stacks
-    rack = fuse(parts)
+    parts = tied_trainings if model.tie_embeddings else trainings
+    rack = fused(parts)
     embeddings = parts[0].load_embeddings()
     with torch.no_grad():
         x = embeddings(some_tokens())
-        for stack in parts:
+        for stack in newest(parts):
             x = stack.load_stack()(x)
         expected = parts[-1].load_head(embeddings)(x)
     assert torch.equal(logits(rack), expected)
@@ -265,30 +265,37 @@ def test_fused_rack_is_its_stacks_one_after_the_other(
     assert trained(Window.of(rack), 0) == {name for name, _ in Window.of(rack).named_parameters()}
 
 
-def test_fuse_refuses_what_does_not_belong_together(stacks: list[TrainedStack], tmp_path: Path) -> None:
-    a, b, c = stacks
-    with pytest.raises(UserError, match="cannot stand below"):
-        fuse([b, a, c])
-    with pytest.raises(UserError, match="was trained on another stack 0"):
-        fuse([a, c])
-    with pytest.raises(UserError, match="was trained on another stack 0"):
-        fuse([a, a])
-    other = window_above(None)
-    trained(other, 0)
-    trained(other, 0)
-    stranger = publish(tmp_path / "stranger", other)
-    with pytest.raises(UserError, match=r"stack-1: was trained on another stack 0 than the one in .*stranger; run"):
-        fuse([stranger, b])
+def test_fused_stacks_lie_in_the_order_that_is_asked_for(trainings: list[Training]) -> None:
+    rack = fuse(trainings, [2, 0, 1], {})
+    for place, k in enumerate([2, 0, 1]):
+        assert equal(rack.stacks[place].state_dict(), trainings[k].stack(k).load_stack().state_dict())
+
+
+def test_fuse_refuses_what_does_not_belong_together(trainings: list[Training], tmp_path: Path) -> None:
+    a, b, c = trainings
+    for parts in ([b, a, c], [a, c], [a, a]):
+        with pytest.raises(UserError, match=r"stack-\d: did not go on from the training in .*stack-\d; run `dvc"):
+            fused(parts)
+    other = window_above([])
+    trained(other.window, 0)
+    trained(other.window, 0)
+    stranger = published(tmp_path / "stranger", other)
+    with pytest.raises(UserError, match=r"stack-1: did not go on from the training in .*stranger; run"):
+        fused([stranger, b])
     model = MODEL.model_copy(update={"norm_eps": 1e-5})
-    with pytest.raises(UserError, match="another architecture"):
-        fuse([publish(tmp_path / "another", window_above(None, model=model), model=model), b])
+    with pytest.raises(UserError, match="another: is of another architecture or vocabulary; run"):
+        fused([published(tmp_path / "another", window_above([], model=model)), b])
+    with pytest.raises(UserError, match="stack 2: none of the trainings given holds its weights; run"):
+        fuse([a, b], [0, 1, 2], {})
+    with pytest.raises(UserError, match="embeddings: none of the trainings given holds them; run"):
+        fuse([b, c], [1, 2], {})
 
 
 @pytest.mark.parametrize("model", [MODEL, TIED], ids=["untied", "tied"])
 def test_rack_survives_the_disk(
-    model: ModelParams, stacks: list[TrainedStack], tied_stacks: list[TrainedStack], tmp_path: Path
+    model: ModelParams, trainings: list[Training], tied_trainings: list[Training], tmp_path: Path
 ) -> None:
-    rack = fuse(tied_stacks if model.tie_embeddings else stacks)
+    rack = fused(tied_trainings if model.tie_embeddings else trainings)
     rack.stacks[1].blocks[0].mlp.gate_proj.requires_grad_(False)  # type: ignore[index, union-attr]
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "t.json").write_text("{}")
@@ -319,45 +326,44 @@ def test_loaded_rack_keeps_frozen_up_frozen(tmp_path: Path) -> None:
 # --- the quantized trunk
 
 
-def quantized(stack: TrainedStack, directory: Path, dtype: str) -> TrunkStack:
-    with manifest.publish(directory, kind="trunk", params={"dtype": dtype}, inputs={"stack": stack.artifact}) as draft:
-        draft.facts |= quantize_stack(stack, draft.directory, dtype)
-    return TrunkStack(manifest.read(directory, "trunk"))
-
-
-@pytest.mark.parametrize(("dtype", "low", "high"), [("bf16", 1e-3, 2.5e-3), ("fp16", 1e-4, 3.2e-4), ("fp32", 0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("precision", "low", "high"), [("bfloat16", 1e-3, 2.5e-3), ("half", 1e-4, 3.2e-4), ("full", 0.0, 0.0)]
+)
 def test_quantizing_rounds_matrices_and_nothing_else(
-    stacks: list[TrainedStack], tmp_path: Path, dtype: str, low: float, high: float
+    trainings: list[Training], tmp_path: Path, precision: Precision, low: float, high: float
 ) -> None:
     """Rounding to p bits of significand leaves a relative error between 2^-(p+2) and 2^-(p+1)."""
-    trunk = quantized(stacks[0], tmp_path / "trunk", dtype)
+    dtype = {"bfloat16": torch.bfloat16, "half": torch.float16, "full": torch.float32}[precision]
+    first = trainings[0].stack(0)
+    trunk = quantized(first, tmp_path / "trunk", precision)
     assert low <= trunk.artifact.facts["relative_error"] <= high
-    whole = {**stacks[0].load_stack().state_dict(), "embeddings": stacks[0].load_embeddings().table.detach()}
-    rounded = {
-        **trunk.load_stack("fp32", CPU).state_dict(),
-        "embeddings": trunk.load_embeddings(CPU).table.detach(),
-    }
+    whole = {**first.load_stack().state_dict(), "embeddings": first.load_embeddings().table.detach()}
+    stack = trunk.load_stack("fp32", CPU)
+    formats.dequantize(stack)
+    rounded = {**stack.state_dict(), "embeddings": trunk.load_embeddings(CPU).table.detach()}
     assert whole.keys() == rounded.keys()
     changed = total = 0.0
     for name, weight in whole.items():
-        expected = weight if weight.ndim == 1 else weight.to(DTYPES[dtype]).float()
+        expected = weight if weight.ndim == 1 else weight.to(dtype).float()
         assert torch.equal(rounded[name], expected), name
         changed += float((expected.double() - weight.double()).square().sum())
         total += float(weight.double().square().sum())
     assert trunk.artifact.facts["relative_error"] == pytest.approx((changed / total) ** 0.5, rel=1e-3)
     assert trunk.artifact.facts["index"] == 0
-    assert trunk.shape == stacks[0].shape
+    assert trunk.shape == trainings[0].shape
 
 
-def test_trunk_is_frozen_and_in_the_format_that_computes(stacks: list[TrainedStack], tmp_path: Path) -> None:
-    trunk = quantized(stacks[1], tmp_path / "trunk", "bf16")
+def test_trunk_is_frozen_and_in_the_format_that_computes(trainings: list[Training], tmp_path: Path) -> None:
+    """Unless that has more bits: then its own is decoded for each product."""
+    trunk = quantized(trainings[1].stack(1), tmp_path / "trunk", "bfloat16")
     assert not (trunk.artifact.path / "embeddings.safetensors").exists()
-    for dtype in ("fp32", "bf16", "fp16"):
-        stack = trunk.load_stack(dtype, CPU)
+    for compute in ("fp32", "bf16", "fp16"):
+        stack = trunk.load_stack(compute, CPU)
         assert not stack.training
         for p in stack.parameters():
             assert not p.requires_grad
-            assert p.dtype == (DTYPES[dtype] if p.ndim == 2 else torch.float32)
+            matrix = torch.float16 if compute == "fp16" else torch.bfloat16
+            assert p.dtype == (matrix if p.ndim == 2 else torch.float32)
 
 
 # --- boundaries
@@ -376,7 +382,7 @@ def params_of(directory: Path, **changes: Any) -> Params:
             tree[section][key] = value
         else:
             tree[section] = value
-    keys = ("seed", "seq_len", "objective", "compute", "trunk", "n_stacks", "stack", "stacks")
+    keys = ("seed", "seq_len", "objective", "compute", "trunk", "growth", "n_stacks", "stack", "stacks")
     return view(Params.model_validate(tree), keys)
 
 
@@ -401,9 +407,9 @@ def tokens(tokens_artifact: Artifact) -> Tokens:
 
 
 @pytest.fixture(scope="module")
-def trunk(stacks: list[TrainedStack], tmp_path_factory: pytest.TempPathFactory) -> list[TrunkStack]:
+def trunk(trainings: list[Training], tmp_path_factory: pytest.TempPathFactory) -> list[TrunkStack]:
     directory = tmp_path_factory.mktemp("trunk")
-    return [quantized(stack, directory / str(k), "bf16") for k, stack in enumerate(stacks)]
+    return [quantized(stack, directory / str(k), "bfloat16") for k, stack in enumerate(newest(trainings))]
 
 
 class Place:
@@ -413,20 +419,24 @@ class Place:
         self.directory, self.artifact, self.tokens, self.trunk = directory, artifact, tokens, trunk
         self.progress: list[tuple[int, int]] = []
 
-    def source(self, **changes: Any) -> Source:
-        return Source(params_of(self.directory, **changes), self.artifact, self.tokens.train, VOCAB, EOS, self.trunk)
+    def source(self, k: int, **changes: Any) -> Source:
+        params, chain = params_of(self.directory, **changes), [Link(i, i) for i in range(1, k + 1)]
+        return Source(params, self.artifact, self.tokens.train, VOCAB, EOS, self.trunk, chain)
 
-    def boundaries(self, **changes: Any) -> Boundaries:
+    def identity(self, k: int, **changes: Any) -> dict[str, Any]:
+        return self.source(k, **changes).identity(Link(k, k))
+
+    def boundaries(self, k: int, **changes: Any) -> Boundaries:
         return Boundaries(
-            self.source(**changes), device=CPU, progress=lambda done, wanted: self.progress.append((done, wanted))
+            self.source(k, **changes), device=CPU, progress=lambda done, wanted: self.progress.append((done, wanted))
         )
 
     def rows(self, k: int, **changes: Any) -> Tensor:
-        with self.boundaries(**changes).open(k) as reader:
+        with self.boundaries(k, **changes).open() as reader:
             return all_rows(reader)
 
     def store(self, k: int, **changes: Any) -> Path:
-        return self.directory / self.source(**changes).identity(k)["key"]
+        return self.directory / self.identity(k, **changes)["key"]
 
     def bytes_on_disk(self) -> int:
         return sum(f.stat().st_size for f in self.directory.rglob("*") if f.is_file())
@@ -518,22 +528,22 @@ def test_size_of_shards_changes_no_row(place: Place, shard_mb: int) -> None:
 def test_shards_hold_whole_batches(place: Place, seq: int, d_model: int, batch: int) -> None:
     """Then a row is computed among the same others whatever the size of a shard: its bits may depend on that."""
     for shard_mb in (1, 2, 3, 100):
-        identity = {**place.source().identity(1), "rows": 10_000, "seq": seq, "d_model": d_model}
-        layout = place.boundaries(activations__shard_mb=shard_mb)._layout(identity)
+        identity = {**place.identity(1), "rows": 10_000, "seq": seq, "d_model": d_model}
+        layout = place.boundaries(1, activations__shard_mb=shard_mb)._layout(identity)
         assert layout.shard_rows % batch == 0
         row_bytes = seq * d_model * 2
         assert layout.shard_rows == batch or layout.shard_rows * row_bytes <= shard_mb * 2**20
 
 
 def test_training_goes_on_over_a_boundary_made_in_the_same_process(
-    place: Place, stacks: list[TrainedStack], tokens: Tokens
+    place: Place, trainings: list[Training], tokens: Tokens
 ) -> None:
     """What was computed under inference mode, tables of positions too, must not get in the way of gradients."""
     rope._table.cache_clear()
     objective = MaskDiffusionObjective(ObjectiveParams(variants=3), 0, VOCAB)
     base = TokenBatches(tokens.train, SampleOrder(SAMPLES, seed=0, stream="s"), objective, 4, 1)
-    with place.boundaries().open(1) as reader:
-        window = window_above(stacks[0])
+    with place.boundaries(1).open() as reader:
+        window = window_above(trainings[:1]).window
         (batch,) = BoundaryBatches(base, reader, 3)(0)
         window.loss(batch, device=CPU, causal=False).backward()
     assert all(p.grad is not None for p in window.parameters())
@@ -543,7 +553,7 @@ def test_training_goes_on_over_a_boundary_made_in_the_same_process(
 @pytest.mark.parametrize("k", [1, 2])
 def test_damaged_shards_are_remade_while_reading(place: Place, damage: str, k: int) -> None:
     rows = place.rows(k)
-    with place.boundaries().open(k) as reader:
+    with place.boundaries(k).open() as reader:
         order = np.random.default_rng(0).permutation(300)
         for shard in shards_of(place.store(k)):  # all of them, so that one batch meets several
             if damage == "flip":
@@ -564,7 +574,7 @@ def test_more_damaged_shards_than_attempts(place: Place) -> None:
     rows = place.rows(1, **options)
     shards = shards_of(place.store(1, **options))
     assert len(shards) == 5
-    with place.boundaries(**options).open(1) as reader:
+    with place.boundaries(1, **options).open() as reader:
         for shard in shards:
             flip(shard, 1000)
         assert torch.equal(all_rows(reader), rows)
@@ -595,7 +605,7 @@ def test_a_disk_that_damages_what_it_is_given_is_named(place: Place, monkeypatch
         flip(self.shard_path(g), 1000)
 
     monkeypatch.setattr(ActivationStore, "write_shard", broken)
-    with place.boundaries().open(1) as reader:
+    with place.boundaries(1).open() as reader:
         flip(shards_of(place.store(1))[1], 1000)
         with pytest.raises(UserError, match=r"c/1/0/0: damaged again after it was remade .*; check the disk"):
             all_rows(reader)
@@ -637,7 +647,7 @@ def test_least_recently_used_stores_go_first(place: Place) -> None:
 
 def test_stores_in_use_are_not_evicted(place: Place) -> None:
     rows = place.rows(1, **budgeted(2))
-    with place.boundaries(**budgeted(2)).open(1) as reader:
+    with place.boundaries(1, **budgeted(2)).open() as reader:
         place.rows(1, seed=1, **budgeted(2))
         os.utime(budget._lock_file(place.store(1)), (0, 0))  # the one in use is the least recently used
         place.rows(1, seed=2, **budgeted(2))
@@ -701,7 +711,7 @@ def test_a_store_about_to_be_used_is_not_evicted(tmp_path: Path) -> None:
 
 
 def key(place: Place, k: int = 2, **changes: Any) -> str:
-    found: str = place.source(**changes).identity(k)["key"]
+    found: str = place.identity(k, **changes)["key"]
     return found
 
 
@@ -729,6 +739,7 @@ DETERMINANTS: dict[str, Any] = {
     "compute__threads": 2,
     "compute__deterministic": False,
     "trunk__activations": "fp32",
+    "trunk__compute": "bf16",
 }
 WITH: dict[str, dict[str, Any]] = {
     "objective__time_step_fractions": {"objective__num_time_steps": 4},
@@ -746,11 +757,15 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "objective__masks": "fixed",  # what is cached is fixed in any case
     "compute__compile": True,
     "compute__branch_threads": 2,
-    "trunk__dtype": "fp16",  # known by the trunk's digests
+    "compute__activation_checkpointing": True,
+    "trunk__precision": "half",  # known by the trunk's digests, as the next
+    "trunk__precisions": ["nf4"],
     "activations__directory": "elsewhere",
     "activations__budget_gb": 1.0,
     "activations__shard_mb": 3,
     "activations__prefetch": 1,
+    "activations__variants_at_once": 1,
+    "activations__trunk": "resident",
 }
 
 
@@ -762,7 +777,7 @@ def test_identity_changes_with_what_determines_the_rows(place: Place, name: str)
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_identity_does_not_change_with_anything_else(place: Place, name: str) -> None:
-    assert place.source(**{name: WITHOUT_EFFECT[name]}).identity(2) == place.source().identity(2)
+    assert place.identity(2, **{name: WITHOUT_EFFECT[name]}) == place.identity(2)
 
 
 def test_every_parameter_is_a_determinant_or_not() -> None:
@@ -772,14 +787,14 @@ def test_every_parameter_is_a_determinant_or_not() -> None:
 
 
 def test_identity_changes_with_trunk_tokens_place_and_code(
-    place: Place, stacks: list[TrainedStack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, trainings: list[Training], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = key(place)
     assert key(place, 1) != now
     assert key(place, 3) != now
     upper, lower = list(place.trunk), list(place.trunk)
-    upper[2] = quantized(stacks[2], tmp_path / "upper", "fp16")
-    lower[0] = quantized(stacks[0], tmp_path / "lower", "fp16")
+    upper[2] = quantized(trainings[2].stack(2), tmp_path / "upper", "half")
+    lower[0] = quantized(trainings[0].stack(0), tmp_path / "lower", "half")
     assert key(Place(place.directory, place.artifact, place.tokens, upper)) == now  # boundary 2 does not know stack 2
     assert key(Place(place.directory, place.artifact, place.tokens, lower)) != now
     other = tokens_at(tmp_path / "tokens", seed=1)
@@ -790,19 +805,19 @@ def test_identity_changes_with_trunk_tokens_place_and_code(
 
 def boundary_artifact(place: Place, path: Path, k: int, **changes: Any) -> Artifact:
     with manifest.publish(path, kind="boundary", params={}) as draft:
-        draft.facts |= place.source(**changes).identity(k)
+        draft.facts |= place.identity(k, **changes)
     return manifest.read(path, "boundary")
 
 
-def test_another_trunk_is_refused(place: Place, stacks: list[TrainedStack], tmp_path: Path) -> None:
+def test_another_trunk_is_refused(place: Place, trainings: list[Training], tmp_path: Path) -> None:
     artifact = boundary_artifact(place, tmp_path / "boundary", 2)
-    assert check_identity(artifact, place.source()) == 2
-    assert check_identity(artifact, place.source(objective__weighting="nelbo")) == 2
-    strange = [quantized(stacks[0], tmp_path / "lower", "fp16"), *place.trunk[1:]]
+    check_identity(artifact, place.source(2))
+    check_identity(artifact, place.source(2, objective__weighting="nelbo"))
+    strange = [quantized(trainings[0].stack(0), tmp_path / "lower", "half"), *place.trunk[1:]]
     with pytest.raises(UserError, match=r"boundary: is a boundary of another trunk, .*run `dvc repro`"):
-        check_identity(artifact, Place(place.directory, place.artifact, place.tokens, strange).source())
+        check_identity(artifact, Place(place.directory, place.artifact, place.tokens, strange).source(2))
     with pytest.raises(UserError, match="another trunk, tokens, parameters or code"):
-        check_identity(artifact, place.source(seed=1))
+        check_identity(artifact, place.source(2, seed=1))
 
 
 # --- batches above a boundary
@@ -811,19 +826,19 @@ def test_another_trunk_is_refused(place: Place, stacks: list[TrainedStack], tmp_
 @pytest.fixture
 def batches(place: Place, tokens: Tokens, tmp_path: Path) -> Iterator[BoundaryBatches]:
     """Over a trunk that is the identity: its boundary is the embedding of what the trunk has seen."""
-    window = window_above(None, params=StackParams(blocks=1, init="zero"))
-    identity = [quantized(publish(tmp_path / "identity", window), tmp_path / "identity-trunk", "bf16")]
+    window = window_above([], params=StackParams(blocks=1, init="zero"))
+    training = published(tmp_path / "identity", window)
+    identity = [quantized(training.stack(0), tmp_path / "identity-trunk", "bfloat16")]
     place = Place(place.directory, place.artifact, tokens, identity)
     objective = MaskDiffusionObjective(ObjectiveParams(variants=3), 0, VOCAB)
     base = TokenBatches(tokens.train, SampleOrder(SAMPLES, seed=0, stream="s"), objective, 32, 2)
-    with place.boundaries().open(1) as reader:
+    with place.boundaries(1).open() as reader:
         yield BoundaryBatches(base, reader, 3)
 
 
 def test_targets_are_what_the_trunk_did_not_see(batches: BoundaryBatches, tmp_path: Path) -> None:
     """In every pass: variants are revisited in turn, with the masks that made the activations."""
-    stack = TrainedStack(manifest.read(tmp_path / "identity", "stack"))
-    made = stack.load_embeddings()
+    made = Training(manifest.read(tmp_path / "identity", "stack")).load_embeddings()
     embeddings = torch.cat([made.table, made.mask]).detach().bfloat16()
     order = batches.base.order
     for step in (0, 3, 7, 12):  # in passes 0, 0 and 1, 2, 3 and 4

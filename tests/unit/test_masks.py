@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from stackwise.artifacts import manifest
 from stackwise.artifacts.manifest import Artifact
 from stackwise.cache import boundary as boundary_module
+from stackwise.cache import sizes
 from stackwise.cache.batches import BoundaryBatches
-from stackwise.cache.boundary import Boundaries, Source
+from stackwise.cache.boundary import Boundaries, Link, Source
 from stackwise.config.data import TokenizerParams
 from stackwise.config.evaluation import EvaluateParams
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams, TimeParams
@@ -30,9 +31,10 @@ from stackwise.data.order import SampleOrder, groups_of
 from stackwise.data.tokens import TokenDataset, Tokens, Vocabulary, open_tokens
 from stackwise.errors import UserError
 from stackwise.growth.batches import TokenBatches
+from stackwise.growth.depth import fraction_of_stack
 from stackwise.growth.init import initialize
-from stackwise.growth.stack_objectives import fraction_of_stack, objective_of_stack, order_of_stack
-from stackwise.growth.stacks import TrainedStack, new_window, save_stack
+from stackwise.growth.stack_objectives import objective_of_stack, order_of_stack
+from stackwise.growth.stacks import Training
 from stackwise.growth.window import Batch
 from stackwise.inference.evaluation import Evaluator
 from stackwise.model.context import Context
@@ -44,10 +46,10 @@ from stackwise.objectives.masks import MaskRates, draw_masks
 from stackwise.objectives.schedules import MaskScheduler, TimeStepMasking
 from stackwise.objectives.targets import CausalObjective, MaskDiffusionObjective, masked_targets
 from stackwise.objectives.words import Words
-from stackwise.precision.trunk import TrunkStack, quantize_stack
+from stackwise.precision.trunk import TrunkStack
 from tests.bad_params import GOOD
+from tests.unit.growing import CPU, params_with, published, quantized, window_of
 
-CPU = torch.device("cpu")
 VOCAB, SEQ, SAMPLES, EOS = 29, 16, 37, 0
 MODEL = ModelParams(d_model=16, attention=AttentionParams(n_heads=2), mlp=MLPParams(hidden=24))
 STARTS = np.arange(VOCAB) % 3 == 0
@@ -327,14 +329,15 @@ def test_samples_of_a_group_stay_together() -> None:
 
 
 def params_of(directory: Path, **sections: Any) -> Params:
-    tree: dict[str, Any] = {name: {} for name in Params.model_fields}
-    tree |= {"seed": 0, "seq_len": SEQ, "n_stacks": 4, "stacks": []}
-    tree["compute"], tree["trunk"] = {"device": "cpu", "threads": 1}, {"activations": "fp32"}
-    tree["stack"] = {"blocks": 1, "steps": 30, "batch_size": 5}
-    tree["activations"] = {"directory": str(directory), "shard_mb": 1}
+    tree: dict[str, Any] = {
+        "compute": {"device": "cpu", "threads": 1},
+        "trunk": {"activations": "fp32"},
+        "stack": {"blocks": 1, "steps": 30, "batch_size": 5},
+        "activations": {"directory": str(directory), "shard_mb": 1},
+    }
     for name, values in sections.items():
-        tree[name] = {**tree[name], **values} if isinstance(values, dict) else values
-    return Params.model_validate(tree)
+        tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) else values
+    return params_with(**tree)
 
 
 def test_fractions_by_depth() -> None:
@@ -371,24 +374,21 @@ class Place:
         self.artifact: Artifact = manifest.read(directory / "tokens", "tokens")
         self.tokens: Tokens = open_tokens(self.artifact, SEQ)
         self.trunk: list[TrunkStack] = []
-        self.stacks: list[TrainedStack] = []
-        shape = RackShape.of(model, [1], VOCAB)
+        self.trainings: list[Training] = []
+        params = params_with(model=model, stack={"blocks": 1, "init": "random"})
         for k in range(3):
-            below = self.stacks[-1] if self.stacks else None
-            window = new_window(k, shape=shape, init="random", seed=0, below=below, first=None)
+            assembly = window_of(
+                params, f"{k}=new", self.trainings, vocab_size=VOCAB, embeddings_learn=not k, reads_tokens=not k
+            )
             with torch.no_grad():
-                for parameter in window.parameters():  # so that times and residuals matter
+                for parameter in assembly.window.parameters():  # so that times and residuals matter
                     parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k)))
-            inputs = {} if below is None else {"below": below.artifact}
-            with manifest.publish(directory / f"stack-{k}", kind="stack", params={}, inputs=inputs) as draft:
-                draft.facts |= save_stack(draft.directory, window, index=k, shape=shape)
-            self.stacks.append(TrainedStack(manifest.read(directory / f"stack-{k}", "stack")))
-            with manifest.publish(directory / f"trunk-{k}", kind="trunk", params={}) as draft:
-                draft.facts |= quantize_stack(self.stacks[-1], draft.directory, "fp32")
-            self.trunk.append(TrunkStack(manifest.read(directory / f"trunk-{k}", "trunk")))
+            self.trainings.append(published(directory / f"stack-{k}", assembly, self.trainings))
+            self.trunk.append(quantized(self.trainings[-1].stack(k), directory / f"trunk-{k}", "full"))
 
-    def source(self, params: Params) -> Source:
-        return Source(params, self.artifact, self.tokens.train, VOCAB, EOS, self.trunk, Words(STARTS, EOS))
+    def source(self, params: Params, k: int) -> Source:
+        chain = [Link(i, i) for i in range(1, k + 1)]
+        return Source(params, self.artifact, self.tokens.train, VOCAB, EOS, self.trunk, chain, Words(STARTS, EOS))
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +449,7 @@ def test_targets_and_activations_belong_together(places: dict[str, Place], name:
     objective = objective_of_stack(params, k, time, tokens=train, mask_id=VOCAB, words=Words(STARTS, EOS))
     order = order_of_stack(params, k, time, len(train))
     base = TokenBatches(train, order, objective, 5, 1)
-    with Boundaries(place.source(params), device=CPU).open(k) as reader:
+    with Boundaries(place.source(params, k), device=CPU).open() as reader:
         batches = BoundaryBatches(base, reader, objective.variants)
         for step in (0, 1, 8, 14, 29, 40):
             (batch,) = batches(step)
@@ -469,27 +469,27 @@ def test_a_streamed_boundary_has_the_bits_of_a_chain(
     places: dict[str, Place], name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Streamed in one group of shards, streamed shard by shard, and through stores of the boundaries below."""
-    monkeypatch.setattr(boundary_module, "_BATCH_ROWS", 8)
-    monkeypatch.setattr(boundary_module, "rows_per_shard", lambda *_: 8)
+    monkeypatch.setattr(sizes, "_BATCH_ROWS", 8)
+    monkeypatch.setattr(sizes, "rows_per_shard", lambda *_: 8)
     place, params = setting(places, name, tmp_path)
     params = params.model_copy(update={"trunk": params.trunk.model_copy(update={"activations": dtype})})
 
     def rows(directory: str) -> Tensor:
         settings = params.activations.model_copy(update={"directory": str(tmp_path / directory)})
-        source = place.source(params.model_copy(update={"activations": settings}))
-        with Boundaries(source, device=CPU).open(3) as reader:
+        source = place.source(params.model_copy(update={"activations": settings}), 3)
+        with Boundaries(source, device=CPU).open() as reader:
             return reader.read(np.arange(2 * SAMPLES))
 
-    source = place.source(params)
-    assert source.continues(2) == (name == "times of one's own")  # stacks 1 and 2 share theirs
-    assert not source.continues(3)
+    source = place.source(params, 3)
+    assert source.continues(1) == (name == "times of one's own")  # stacks 1 and 2 share theirs
+    assert not source.continues(2)
     streamed = rows("streamed")
     assert len(list((tmp_path / "streamed").iterdir())) <= 2  # a store and its lock
     monkeypatch.setattr(boundary_module, "_GROUP_BYTES", 1)
     assert torch.equal(rows("by shards"), streamed)
-    objective = source.objective(3)
-    monkeypatch.setattr(Source, "objective", lambda self, k: objective)
-    assert source.continues(3)
+    objective = source.objective(Link(3, 3))
+    monkeypatch.setattr(Source, "objective", lambda self, link: objective)
+    assert source.continues(2)
     assert torch.equal(rows("chained"), streamed)
 
 
@@ -501,7 +501,7 @@ def test_a_boundary_is_known_by_what_its_masks_depend_on(
     def key(k: int, model: str = "none", objective: dict[str, Any] | None = None, **sections: Any) -> str:
         place = places[model]
         own = {"variants": 2, **(objective or {})}
-        return str(place.source(params_of(tmp_path, objective=own, **sections)).identity(k)["key"])
+        return str(place.source(params_of(tmp_path, objective=own, **sections), k).identity(Link(k, k))["key"])
 
     training = {"schedule": "linear", "schedule_over": "training"}
     short = {**training, "variants": 1}
@@ -750,11 +750,11 @@ def test_embedding_term() -> None:
 
 def test_embedding_term_joins_the_loss_of_a_window(places: dict[str, Place]) -> None:
     """Above the first stack, too, whose embeddings the window then holds, frozen."""
-    first, below = places["none"].stacks[:2]
-    shape = RackShape.of(MODEL, [1], VOCAB)
-    window = new_window(2, shape=shape, init="random", seed=0, below=below, first=first, with_embeddings=True)
+    trainings = places["none"].trainings[:2]
+    params = params_with(model=MODEL, objective={"embedding_weight": 0.5})
+    window = window_of(params, "2=new", trainings, vocab_size=VOCAB, copies=1, reads_tokens=False).window
     assert window.embeddings is not None
-    assert torch.equal(window.embeddings.table, first.load_embeddings().table)
+    assert torch.equal(window.embeddings.table, trainings[0].load_embeddings().table)
     assert not any(p.requires_grad for p in window.embeddings.parameters())
     tokens, mask = some_tokens(3), np.random.default_rng(1).random((3, SEQ)) < 0.4
     batch = Batch(torch.randn(3, SEQ, 16), masked_targets(tokens, mask, np.ones(3)))

@@ -44,7 +44,7 @@ def test_the_projects_own_files_are_valid() -> None:
 
 def test_values_and_defaults(params: Params) -> None:
     assert (params.seed, params.stack.lr, params.compute.dtype) == (0, 3e-3, "bf16")
-    assert (params.trunk.dtype, params.fine_tune.mlm, params.model.attention.n_kv_heads) == ("bf16", None, None)
+    assert (params.trunk.precision, params.fine_tune.mlm, params.model.attention.n_kv_heads) == ("bfloat16", None, None)
 
 
 def test_a_file_loads_the_same_whatever_its_layout(tmp_path: Path, params: Params) -> None:

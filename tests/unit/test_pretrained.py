@@ -14,23 +14,22 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stackwise.artifacts import manifest
 from stackwise.config.data import TokenizerParams
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams, PretrainedParams
 from stackwise.config.params import Params, load, view
 from stackwise.data.tokenizer import build_tokenizer, encode, vocabulary_of
 from stackwise.errors import UserError
+from stackwise.growth.assembly import Assembly
+from stackwise.growth.fusing import fuse
 from stackwise.growth.pretrained import find_matrix, vocabulary_widths
 from stackwise.growth.racks import load_rack, save_rack
-from stackwise.growth.stacks import TrainedStack, fuse, new_window, save_stack
 from stackwise.growth.window import Batch, Window
 from stackwise.model.rack import Rack, RackShape
 from stackwise.objectives.targets import masked_targets
-from stackwise.precision.trunk import TrunkStack, quantize_stack
 from tests.bad_params import GOOD
+from tests.unit.growing import CPU, params_with, published, quantized, window_of
 from workflow.stages import Stage, table
 
-CPU = torch.device("cpu")
 WIDTH, ROWS, VOCAB, SEQ = 12, 40, 29, 6
 """Of the source its width and rows; ids of its tokenizer; tokens of a sample."""
 TEXTS = ["the cat sat on the mat", "a mat, a cat"]
@@ -96,14 +95,14 @@ def model_of(**settings: Any) -> ModelParams:
     return base.model_copy(update=settings)
 
 
-def window_of(model: ModelParams) -> Window:
-    shape = RackShape.of(model, [1], VOCAB, **vocabulary_widths(model))
-    return new_window(0, shape=shape, init="random", seed=0, below=None, first=None)
+def first_of(model: ModelParams) -> Assembly:
+    """The first stack, above the ends of the rack."""
+    return window_of(params_with(model=model), "0=new", vocab_size=VOCAB, embeddings_learn=True)
 
 
 def embeddings_of(source: Path, tensor: str = "embed_tokens", *, head: bool = False) -> Tensor:
     name = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}[tensor]
-    window = window_of(model_of(**{"head" if head else "embeddings": settings(source, tensor=tensor)}))
+    window = first_of(model_of(**{"head" if head else "embeddings": settings(source, tensor=tensor)})).window
     assert window.embeddings is not None
     taken = window.head.projection.weight if head else window.embeddings.table
     files = [load_file(f) for f in source.glob("*.safetensors")]
@@ -198,7 +197,7 @@ def test_only_what_is_needed_comes_from_the_hub(sharded: Path, tmp_path: Path, m
 
 def test_the_mask_row_is_the_mean_and_trains(untied: Path) -> None:
     for train in (True, False):
-        window = window_of(model_of(embeddings=settings(untied, train=train)))
+        window = first_of(model_of(embeddings=settings(untied, train=train))).window
         assert window.embeddings is not None
         mask, table_ = window.embeddings.mask, window.embeddings.table
         assert torch.allclose(mask[0], table_.mean(dim=0), atol=1e-7)
@@ -213,7 +212,7 @@ def test_the_mask_row_is_the_mean_and_trains(untied: Path) -> None:
 @pytest.mark.parametrize("part", ["embeddings", "head"])
 def test_frozen_stays_while_trained_changes(untied: Path, part: str) -> None:
     name = {"embeddings": "embeddings.table", "head": "head.projection.weight"}[part]
-    frozen, free = (window_of(model_of(**{part: settings(untied, train=train)})) for train in (False, True))
+    frozen, free = (first_of(model_of(**{part: settings(untied, train=train)})).window for train in (False, True))
     before = dict(frozen.named_parameters())[name].detach().clone().numpy().tobytes()
     everything = set(dict(free.named_parameters()))
     assert trained(free) == everything
@@ -224,7 +223,7 @@ def test_frozen_stays_while_trained_changes(untied: Path, part: str) -> None:
 @pytest.mark.parametrize("train", [True, False])
 def test_adapters_between_widths(untied: Path, train: bool) -> None:
     both = {name: settings(untied, train=train, adapter_hidden=10) for name in ("embeddings", "head")}
-    window = window_of(model_of(d_model=16, **both))
+    window = first_of(model_of(d_model=16, **both)).window
     weights = {name: tuple(p.shape) for name, p in window.named_parameters() if not name.startswith("stacks")}
     assert weights == {
         "embeddings.table": (VOCAB, WIDTH),
@@ -242,7 +241,7 @@ def test_adapters_between_widths(untied: Path, train: bool) -> None:
 
 def test_a_tied_source(untied: Path) -> None:
     for train in (True, False):
-        window = window_of(model_of(embeddings=settings(untied, train=train), tie_embeddings=True))
+        window = first_of(model_of(embeddings=settings(untied, train=train), tie_embeddings=True)).window
         assert window.embeddings is not None
         assert window.head.weight is window.embeddings.table
         assert torch.equal(window.head.weight, embeddings_of(untied))
@@ -250,14 +249,6 @@ def test_a_tied_source(untied: Path) -> None:
 
 
 # --- through the pipeline
-
-
-def publish(directory: Path, window: Window, shape: RackShape, below: TrainedStack | None = None) -> TrainedStack:
-    inputs = {} if below is None else {"below": below.artifact}
-    index = 0 if below is None else 1
-    with manifest.publish(directory, kind="stack", params={}, inputs=inputs) as draft:
-        draft.facts |= save_stack(draft.directory, window, index=index, shape=shape)
-    return TrainedStack(manifest.read(directory, "stack"))
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -279,20 +270,19 @@ def test_round_trip(untied: Path, tmp_path: Path, tie: bool) -> None:
         if getattr(model, name).source
     }
     model = model.model_copy(update=renamed)
-    shape = RackShape.of(model, [1], VOCAB, **vocabulary_widths(model))
-    window = new_window(0, shape=shape, init="random", seed=0, below=None, first=None)
-    trained(window)
-    first = publish(tmp_path / "0", window, shape)
+    assembly = first_of(model)
+    trained(assembly.window)
+    first = published(tmp_path / "0", assembly)
+    assert first.shape == RackShape.of(model, [1], VOCAB, **vocabulary_widths(model))
     shutil.rmtree(source)
-    above = RackShape.of(model, [1], VOCAB, **first.shape.widths)
-    assert above == shape
-    window = new_window(1, shape=above, init="copy", seed=0, below=first, first=first)
-    changed = trained(window, boundary=True)
+    assembly = window_of(params_with(model=model), "1=new", [first], vocab_size=VOCAB, copies=0, reads_tokens=False)
+    assert assembly.shape == first.shape
+    changed = trained(assembly.window, boundary=True)
     assert not any(name.startswith("embeddings") for name in changed)
     assert ("head.adapter.hidden.weight" in changed) == (not tie)
-    second = publish(tmp_path / "1", window, shape, first)
+    second = published(tmp_path / "1", assembly, [first])
 
-    rack = fuse([first, second])
+    rack = fuse([first, second], [0, 1], {})
     frozen = {"embeddings.table"} | (set() if tie else {"head.projection.weight"})
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "rack").mkdir()
@@ -308,9 +298,7 @@ def test_round_trip(untied: Path, tmp_path: Path, tie: bool) -> None:
             assert torch.equal(r.head.weight, embeddings_of(untied, "lm_head"))
     assert set(dict(loaded.named_parameters())) - trained(Window.of(loaded)) == frozen  # joint fine-tuning
 
-    with manifest.publish(tmp_path / "trunk", kind="trunk", params={}) as draft:
-        draft.facts |= quantize_stack(first, draft.directory, "bf16")
-    trunk = TrunkStack(manifest.read(tmp_path / "trunk", "trunk")).load_embeddings(CPU)
+    trunk = quantized(first.stack(0), tmp_path / "trunk", "bfloat16").load_embeddings(CPU)
     assert torch.equal(trunk.table, rack.embeddings.table)  # a table of bf16 loses nothing
     with torch.no_grad():
         assert torch.allclose(trunk(tokens), rack.embeddings(tokens), atol=2e-2)
@@ -385,7 +373,7 @@ def test_a_hub_name_that_cannot_be_had() -> None:
 # --- the parameters
 
 
-def params_with(tmp_path: Path, **changes: Any) -> Params:
+def params_of(tmp_path: Path, **changes: Any) -> Params:
     tree = yaml.safe_load(GOOD)
     tree["tokenizer"] = {"type": "pretrained", "vocab_size": None} | changes.pop("tokenizer", {})
     tree["model"] |= {"d_model": WIDTH} | changes
@@ -418,13 +406,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_parameters_that_do_not_fit(tmp_path: Path, name: str) -> None:
     changes, says = REFUSED[name]
     with pytest.raises(UserError, match=says) as error:
-        params_with(tmp_path, **changes)
+        params_of(tmp_path, **changes)
     assert "problems" not in str(error.value)
 
 
 def test_parameters_that_fit(tmp_path: Path) -> None:
-    assert params_with(tmp_path, head={"source": "a/b"}).tokenizer.takes_along
-    assert not params_with(tmp_path, head={"source": "a/b"}, tokenizer={"name": "a/b"}).tokenizer.takes_along
+    assert params_of(tmp_path, head={"source": "a/b"}).tokenizer.takes_along
+    assert not params_of(tmp_path, head={"source": "a/b"}, tokenizer={"name": "a/b"}).tokenizer.takes_along
 
 
 def stage_of(params: Params, name: str) -> Stage:
@@ -432,21 +420,21 @@ def stage_of(params: Params, name: str) -> Stage:
 
 
 def test_stages_watch_the_source(untied: Path, tmp_path: Path) -> None:
-    local = params_with(tmp_path, embeddings={"source": str(untied)})
+    local = params_of(tmp_path, embeddings={"source": str(untied)})
     file = str(untied / "model.safetensors")
     for name in ("check_params", "train_stack_0"):
         assert file in stage_of(local, name).inputs
     assert file not in (*stage_of(local, "train_stack_1").inputs, *stage_of(local, "tokenize").inputs)
     assert str(untied / "tokenizer.json") in stage_of(local, "tokenize").inputs
     assert {"model.embeddings.source", "model.head.source"} <= set(stage_of(local, "tokenize").params)
-    hub = params_with(tmp_path, embeddings={"source": "some/model"})
+    hub = params_of(tmp_path, embeddings={"source": "some/model"})
     assert stage_of(hub, "train_stack_0").inputs == ("artifacts/tokens",)
-    plain = params_with(tmp_path, tokenizer={"type": "byte"})
+    plain = params_of(tmp_path, tokenizer={"type": "byte"})
     assert stage_of(plain, "tokenize").params == ("tokenizer",)
 
 
 def test_widths_are_checked_before_anything_runs(untied: Path, tmp_path: Path) -> None:
-    params = params_with(tmp_path, d_model=16, embeddings={"source": str(untied)})
+    params = params_of(tmp_path, d_model=16, embeddings={"source": str(untied)})
     with pytest.raises(UserError, match=r"model\.embeddings\.adapter_hidden = null"):
         table(params)
 
@@ -476,10 +464,10 @@ def test_the_stage_takes_it_along(untied: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "path", sys.path.copy())  # which scripts change
     from workflow.scripts import tokenize_corpus
 
-    params = params_with(tmp_path, embeddings={"source": str(untied)})
+    params = params_of(tmp_path, embeddings={"source": str(untied)})
     found = tokenize_corpus.tokenizer_params(view(params, stage_of(params, "tokenize").params))
     assert found.name == str(untied)
-    named = params_with(tmp_path, tokenizer={"name": "gpt2"})
+    named = params_of(tmp_path, tokenizer={"name": "gpt2"})
     assert tokenize_corpus.tokenizer_params(view(named, stage_of(named, "tokenize").params)).name == "gpt2"
 
 

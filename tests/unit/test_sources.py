@@ -50,8 +50,27 @@ def full_params() -> Params:
 
 
 def full_table() -> list[Stage]:
-    """All stages that there can be."""
+    """All stages of a rack that is appended to."""
     return table(full_params())
+
+
+@cache
+def every_stage() -> list[Stage]:
+    """Those of other ways to grow too: each makes stages read what they do not read otherwise."""
+    qlora = {"trunk_strategy": "qlora", "cache_activations": False}
+    ways: list[tuple[dict[str, object], dict[str, object]]] = [
+        ({"window": 1}, {}),
+        ({"window": 1, **qlora}, {"stack": {}, "trunk": {}}),
+        ({"building_mode": "prepend", "consistency": 0.5}, {}),
+        ({"sweeps": 1}, {}),
+    ]
+    found = full_table()
+    for growth, adapters in ways:
+        tree = full_params().model_dump()
+        tree |= {"growth": growth, "adapters": adapters}
+        tree["model"]["time"] = {"mode": "depth"}
+        found = [*found, *table(Params.model_validate(tree))]
+    return found
 
 
 @cache
@@ -207,7 +226,7 @@ def _is_params(node: ast.expr) -> bool:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_read_the_sections_that_are_declared(script: str) -> None:
-    mine = [stage for stage in full_table() if stage.script == script]
+    mine = [stage for stage in every_stage() if stage.script == script]
     declared = {key.split(".")[0] for stage in mine for key in stage.params}
     if declared == {ALL}:
         return
@@ -232,5 +251,5 @@ def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert str(ast.get_docstring(ast.parse(path.read_bytes()))) in said
-    flags = {flag for stage in full_table() if stage.script == script for flag in stage.arguments}
+    flags = {flag for stage in every_stage() if stage.script == script for flag in stage.arguments}
     assert all(re.search(rf"^  --{flag} .*\w", said, re.MULTILINE) for flag in flags), said

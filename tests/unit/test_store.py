@@ -19,7 +19,8 @@ from zarr.codecs import Crc32cCodec
 
 from stackwise.cache import store as store_module
 from stackwise.cache.loader import PrefetchLoader
-from stackwise.cache.store import ActivationStore, DamagedShard, DamagedStore, StoreLayout, rows_per_shard
+from stackwise.cache.sizes import rows_per_shard
+from stackwise.cache.store import ActivationStore, DamagedShard, DamagedStore, StoreLayout
 
 LAYOUT = StoreLayout(rows=17, seq=3, d_model=5, dtype="bfloat16", shard_rows=7)
 ALL_ROWS = np.arange(LAYOUT.rows)
@@ -29,7 +30,7 @@ def some_activations(layout: StoreLayout, seed: int = 0) -> np.ndarray:
     """All rows of a store; row 4 is zero, which zarr-python would not write unless told to."""
     size = layout.rows * layout.row_bytes
     raw = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
-    activations = raw.view(layout.storage_dtype).reshape(layout.rows, layout.seq, layout.d_model)
+    activations = raw.view(layout.storage_dtype).reshape(layout.rows, layout.seq, layout.width)
     activations[4:5] = 0
     return activations
 
@@ -42,7 +43,7 @@ def fill(store: ActivationStore, activations: np.ndarray) -> None:
 
 def read(store: ActivationStore, rows: Any = ALL_ROWS, verify: bool = True) -> np.ndarray:
     layout = store.layout
-    out = np.empty((len(rows), layout.seq, layout.d_model), layout.storage_dtype)
+    out = np.empty((len(rows), layout.seq, layout.width), layout.storage_dtype)
     store.read_rows(np.asarray(rows), out, verify)
     return out
 
@@ -90,6 +91,16 @@ def test_layout_counts() -> None:
             LAYOUT.shard_range(g)
 
 
+def test_narrow_layouts_hold_codes_and_scales() -> None:
+    """A byte for each channel; an fp16 number for 64 of them, or an fp32 number for all."""
+    sizes = {64: 66, 65: 69, 5: 7, 200: 208}
+    for d_model, width in sizes.items():
+        layout = StoreLayout(rows=3, seq=2, d_model=d_model, dtype="int8", shard_rows=2)
+        assert (layout.width, layout.row_bytes, layout.storage_dtype.name) == (width, 2 * width, "uint8")
+    layout = StoreLayout(rows=3, seq=2, d_model=200, dtype="float8_e4m3fn", shard_rows=2)
+    assert (layout.width, layout.row_bytes, layout.storage_dtype.name) == (204, 408, "uint8")
+
+
 def test_total_bytes_is_what_lies_on_disk(written: ActivationStore) -> None:
     sizes = [written.shard_path(g).stat().st_size for g in range(LAYOUT.shards)]
     assert sum(sizes) == LAYOUT.total_bytes
@@ -114,8 +125,10 @@ def test_bad_layout(wrong: dict[str, Any]) -> None:
         StoreLayout(rows=5, seq=4, d_model=2, dtype="float32", shard_rows=64),
         StoreLayout(rows=6, seq=1, d_model=1, dtype="bfloat16", shard_rows=1),
         StoreLayout(rows=530, seq=1, d_model=2, dtype="bfloat16", shard_rows=520),
+        StoreLayout(rows=9, seq=3, d_model=70, dtype="int8", shard_rows=4),
+        StoreLayout(rows=9, seq=3, d_model=70, dtype="float8_e4m3fn", shard_rows=4),
     ],
-    ids=["tail", "full", "less than a shard", "single rows", "more buffers than a writev takes"],
+    ids=["tail", "full", "less than a shard", "single rows", "more buffers than a writev takes", "int8", "fp8"],
 )
 def test_byte_identical_to_zarr(layout: StoreLayout, tmp_path: Path) -> None:
     activations = some_activations(layout)
@@ -127,14 +140,14 @@ def test_byte_identical_to_zarr(layout: StoreLayout, tmp_path: Path) -> None:
         store=str(tmp_path / "theirs"),
         shape=activations.shape,
         dtype=activations.dtype,
-        chunks=(1, layout.seq, layout.d_model),
-        shards=(layout.shard_rows, layout.seq, layout.d_model),
+        chunks=(1, layout.seq, layout.width),
+        shards=(layout.shard_rows, layout.seq, layout.width),
         compressors=[Crc32cCodec()],
         filters=None,
         fill_value=0,
         zarr_format=3,
         config={"write_empty_chunks": True},
-        attributes={"logical_dtype": layout.dtype},
+        attributes=layout.attributes,
     )
     theirs[:] = activations
 
@@ -392,6 +405,29 @@ def test_bad_metadata(written: ActivationStore, spoil: Callable[[bytes], bytes |
     with pytest.raises(DamagedStore):  # neither guessed nor overwritten: the shards there may be anybody's
         ActivationStore.create(written.path, LAYOUT)
     assert document.exists() == (spoilt is not None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"d_model": 70', b'"d_model": 71'),
+        (b'"d_model": 70', b'"d_model": "70"'),
+        (b'"channels_per_scale": 64', b'"channels_per_scale": 32'),
+        (b'"scale_dtype": "float16"', b'"scale_dtype": "float32"'),
+        (b'"int8"', b'"float8_e4m3fn"'),
+        (b'"int8"', b'"int4"'),
+        (b'"uint8"', b'"uint16"'),
+    ],
+)
+def test_bad_metadata_of_a_narrow_store(tmp_path: Path, old: bytes, new: bytes) -> None:
+    layout = StoreLayout(rows=9, seq=3, d_model=70, dtype="int8", shard_rows=4)
+    with ActivationStore.create(tmp_path / "store", layout) as store:
+        assert ActivationStore.open(store.path).layout == layout
+        document = store.path / "zarr.json"
+        assert old in document.read_bytes()
+        document.write_bytes(document.read_bytes().replace(old, new))
+        with pytest.raises(DamagedStore, match=r"zarr\.json"):
+            ActivationStore.open(store.path)
 
 
 def test_short_names_of_codecs_are_understood(written: ActivationStore) -> None:

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import workflow.training
-from stackwise.config.compute import ActivationsParams, ComputeParams
+from stackwise.config.compute import ComputeParams
 from stackwise.config.model import AttentionParams, MLPParams, ModelParams
 from stackwise.config.objective import ObjectiveParams
-from stackwise.config.training import CheckpointParams, OptimizerParams
+from stackwise.config.training import OptimizerParams
 from stackwise.data.order import SampleOrder
 from stackwise.data.tokens import TokenDataset
 from stackwise.errors import UserError
+from stackwise.growth import tuning
 from stackwise.growth.batches import TokenBatches
 from stackwise.growth.init import initialize
 from stackwise.growth.window import Batch, Window
@@ -36,8 +35,8 @@ from stackwise.training.checkpoint import Checkpoints
 from stackwise.training.device import set_up
 from stackwise.training.loop import Run, train
 from stackwise.training.optimizer import build_optimizer, learning_rate_share
+from tests.unit.growing import CPU, params_with
 
-CPU = torch.device("cpu")
 MODEL = ModelParams(d_model=16, attention=AttentionParams(n_heads=2), mlp=MLPParams(hidden=24))
 VOCAB, SEQ, SAMPLES = 23, 8, 10
 STEPS, BATCH = 12, 4
@@ -98,6 +97,7 @@ class Setting:
         watcher: Log | None = None,
         dtype: str = "fp32",
         model: ModelParams = MODEL,
+        window: Window | None = None,
         accumulate: int = 1,
         batches: Callable[[int], Sequence[Batch]] | None = None,
         optimizer: dict[str, Any] | None = None,
@@ -107,7 +107,7 @@ class Setting:
         prefetch: int = 2,
     ) -> tuple[dict[str, Tensor], list[float]]:
         """Weights and losses after training."""
-        window = new_window(model)
+        window = window or new_window(model)
         losses = train(
             Run(
                 module=window,
@@ -263,7 +263,7 @@ def test_gradients_are_clipped(setting: Setting, monkeypatch: pytest.MonkeyPatch
 def test_weight_decay_shrinks_matrices_only() -> None:
     window = new_window()
     before = {name: p.detach().clone() for name, p in window.named_parameters()}
-    optimizer = build_optimizer(window.parameters(), OptimizerParams(weight_decay=0.5), lr=0.1)
+    optimizer = build_optimizer(dict(window.named_parameters()), OptimizerParams(weight_decay=0.5), 0.1, {})
     for p in window.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -273,12 +273,23 @@ def test_weight_decay_shrinks_matrices_only() -> None:
     assert {p.ndim for p in window.parameters()} == {1, 2}
 
 
-def test_optimizer_leaves_out_what_is_frozen() -> None:
+def test_optimizer_leaves_out_what_is_frozen(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[list[nn.Parameter]] = []
+
+    def watched(*arguments: Any) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(*arguments)
+        held.append([p for group in optimizer.param_groups for p in group["params"]])
+        return optimizer
+
+    monkeypatch.setattr(loop, "build_optimizer", watched)
     window = new_window()
     window.stacks[0].requires_grad_(False)
-    optimizer = build_optimizer(window.parameters(), OptimizerParams(), lr=0.1)
-    held = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    assert held == sum(p.numel() for p in window.parameters() if p.requires_grad)
+    before = {name: w.clone() for name, w in window.state_dict().items()}
+    after, _ = setting.run(window=window)
+    assert {id(p) for p in held[0]} == {id(p) for p in window.parameters() if p.requires_grad}
+    assert {name for name in after if torch.equal(after[name], before[name])} == {
+        name for name in before if name.startswith("stacks.0.")
+    }
 
 
 def test_frozen_up_is_untouched_by_training(setting: Setting) -> None:
@@ -471,8 +482,8 @@ def test_every_optimizer_parameter_acts(setting: Setting, change: dict[str, Any]
 
 
 def test_no_optimizer_parameter_is_left_out() -> None:
-    """`accumulate` has tests of its own above."""
-    tried = {"accumulate", *itertools.chain(*OPTIMIZER_CHANGES)}
+    """`accumulate` has tests of its own above, what saves memory in another file."""
+    tried = {"accumulate", "state", "in_backward", *itertools.chain(*OPTIMIZER_CHANGES)}
     assert tried == set(OptimizerParams.model_fields)
 
 
@@ -531,21 +542,30 @@ def test_stages_hand_their_parameters_to_the_loop(
 ) -> None:
     seen: list[Run[Batch]] = []
     compilations: list[Window] = []
-    monkeypatch.setattr(workflow.training, "train", lambda run, watcher: seen.append(run))
+    monkeypatch.setattr(tuning, "train", lambda run, watcher: seen.append(run))
     monkeypatch.setattr(Window, "compile", lambda self: compilations.append(self))
-    params = SimpleNamespace(
-        compute=ComputeParams(dtype="bf16", compile=compiled),
-        optimizer=OptimizerParams(beta1=0.8),
-        checkpoint=CheckpointParams(every=17),
-        activations=ActivationsParams(prefetch=3),
-        seq_len=SEQ,
+    params = params_with(
+        seed=6,
+        compute={"dtype": "bf16", "compile": compiled},
+        optimizer={"beta1": 0.8},
+        checkpoint={"every": 17},
+        activations={"prefetch": 3},
     )
-    stage: Any = SimpleNamespace(params=params, checkpoint_file=lambda: tmp_path / "c.safetensors")
     window = new_window()
-    workflow.training.train_window(
-        stage, window, batches_of(dataset), causal=True, steps=5, batch_size=BATCH, lr=0.5, device=CPU
+    tuning.train_window(
+        params,
+        window,
+        batches_of(dataset),
+        causal=True,
+        steps=5,
+        lr=0.5,
+        lrs={"head.norm.weight": 0.1},
+        device=CPU,
+        checkpoints=Checkpoints(tmp_path / "c.safetensors"),
+        watcher=Log(),
     )
     (run,) = seen
+    assert (run.seed, run.lrs, run.begin_step) == (6, {"head.norm.weight": 0.1}, window.begin_step)
     assert compilations == [window] * compiled
     assert (run.dtype, run.checkpoint_every, run.prefetch, run.steps, run.lr) == ("bf16", 17, 3, 5, 0.5)
     assert run.optimizer.beta1 == 0.8

@@ -14,11 +14,14 @@ if __name__ == "__main__":
 from stackwise.config.training import FineTuneParams
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
+from stackwise.growth.fusing import fuse
 from stackwise.growth.racks import KIND as RACK
 from stackwise.growth.racks import load_rack
 from stackwise.growth.stacks import KIND as STACK
-from stackwise.growth.stacks import TrainedStack, fuse
+from stackwise.growth.stacks import Training
+from stackwise.growth.trunk import adapted_stacks
 from stackwise.inference.evaluation import Evaluator
+from stackwise.precision.trunk import KIND as TRUNK
 from stackwise.training.device import set_up
 
 
@@ -26,8 +29,13 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the script."""
     parser.add_argument("--name", required=True, help="what the model is called; fine-tuned ones by what they learned")
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--stacks", type=Path, nargs="+", help="trained stacks, bottom to top: the rack that ends here")
+    model.add_argument("--trainings", type=Path, nargs="+", help="trainings, in the order in which they took place")
     model.add_argument("--model", type=Path, help="fused or fine-tuned rack")
+    parser.add_argument("--order", type=int, nargs="+", help="the stacks of their rack, bottom to top")
+    parser.add_argument("--depth", type=int, help="trainings before the last: its place in the curves over depth")
+    parser.add_argument(
+        "--trunk", type=Path, nargs="+", default=[], help="trunk artifacts that adapters have learned on"
+    )
     parser.add_argument("--tokens", type=Path, required=True, help="tokens artifact")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
 
@@ -37,8 +45,10 @@ def work(run: StageRun) -> None:
     args, params = run.arguments, run.params
     device = set_up(params.compute, threads=params.compute.branch_threads, seed=params.seed)
     tokens = open_tokens(run.read("tokens", args.tokens, TOKENS), params.seq_len)
-    if args.stacks:
-        rack = fuse([TrainedStack(run.read(f"stack.{k}", path, STACK)) for k, path in enumerate(args.stacks)])
+    if args.trainings:
+        trainings = [Training(run.read(f"training.{i}", path, STACK)) for i, path in enumerate(args.trainings)]
+        trunk = [run.read(f"trunk.{i}", path, TRUNK) for i, path in enumerate(args.trunk)]
+        rack = fuse(trainings, args.order, adapted_stacks(trunk, trainings))
     else:
         rack = load_rack(run.read("model", args.model, RACK).path)
     evaluator = Evaluator(tokens, params.evaluate, params.seed, device, params.compute.dtype)
@@ -52,7 +62,7 @@ def work(run: StageRun) -> None:
         metrics = evaluator.diffusion(rack)
     metrics["unigram"] = evaluator.unigram(labelled=learned == "custom")
     run.write_json(args.out, metrics)
-    run.report_metrics(args.name, metrics, depth=len(args.stacks) - 1 if args.stacks else None)
+    run.report_metrics(args.name, metrics, depth=args.depth)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,24 @@ if __name__ == "__main__":
     check_params()  # before the imports that take seconds
 
 from stackwise.growth.stacks import KIND as STACK
-from stackwise.growth.stacks import TrainedStack
+from stackwise.growth.stacks import Training
 from stackwise.precision.trunk import KIND, quantize_stack
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the script."""
-    parser.add_argument("--stack", type=Path, required=True, help="trained stack to read")
+    parser.add_argument("--index", type=int, required=True, help="which stack, from 0")
+    parser.add_argument("--training", type=Path, required=True, help="the training that has left it so")
     parser.add_argument("--out", type=Path, required=True, help="artifact to write")
 
 
 def work(run: StageRun) -> None:
     """Quantize one stack."""
-    stack = TrainedStack(run.read("stack", run.arguments.stack, STACK))
-    with run.publish(run.arguments.out, KIND) as draft:
-        draft.facts |= quantize_stack(stack, draft.directory, run.params.trunk.dtype)
-        run.say(f"{draft.facts['dtype']}, relative error {draft.facts['relative_error']:.2e}")
+    args, params = run.arguments, run.params
+    stack = Training(run.read("training", args.training, STACK)).stack(args.index)
+    with run.publish(args.out, KIND) as draft:
+        draft.facts |= quantize_stack(stack, draft.directory, params.trunk.precision_of(args.index))
+        run.say(f"{draft.facts['precision']}, relative error {draft.facts['relative_error']:.2e}")
 
 
 if __name__ == "__main__":

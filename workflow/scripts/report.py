@@ -30,7 +30,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the script."""
     parser.add_argument("--tokens", type=Path, required=True, help="tokens artifact")
     parser.add_argument("--models", type=Path, nargs="+", required=True, help="racks to sample from")
-    parser.add_argument("--depths", type=Path, nargs="+", required=True, help="metrics after each stack, bottom to top")
+    parser.add_argument("--depths", type=Path, nargs="+", required=True, help="metrics after each training, in order")
     parser.add_argument("--metrics", type=Path, nargs="+", required=True, help="metrics of the racks, in their order")
     parser.add_argument("--losses", type=Path, nargs="+", required=True, help="loss curves")
     parser.add_argument("--depth", type=Path, required=True, help="JSON file to write: the bound or NLL by depth")
@@ -42,7 +42,7 @@ def work(run: StageRun) -> None:
     args, params = run.arguments, run.params
     device = set_up(params.compute, threads=params.compute.branch_threads, seed=params.seed)
     tokens = open_tokens(run.read("tokens", args.tokens, TOKENS), params.seq_len)
-    depths = [run.read_json(path) for path in args.depths]
+    depths = {path.stem: run.read_json(path) for path in args.depths}
     metrics = {path.stem: run.read_json(path) for path in args.metrics}
     diffusion = {name: m for name, m in metrics.items() if "masked" in m}
     texts = {}
@@ -53,7 +53,8 @@ def work(run: StageRun) -> None:
             run, run.read(f"model.{name}", path, RACK).path, tokens, device, causal=name not in diffusion
         )
         run.say(f"{name}: {texts[name][0][:60]!r} ...")
-    run.write_json(args.depth, [{"stack": k, **depth[main_figure(depth)]} for k, depth in enumerate(depths)])
+    curve = [{"training": i, **metrics[main_figure(metrics)]} for i, metrics in enumerate(depths.values())]
+    run.write_json(args.depth, curve)
     with run.publish(args.out, KIND) as draft:
         loss_curves({path.stem: run.read_json(path) for path in args.losses}, draft.directory / "losses.svg")
         depth_curve(depths, draft.directory / "depth.svg")

@@ -1,9 +1,11 @@
-"""Stage train_stack: train one stack on top of the frozen ones below it, which cached activations stand for."""
+"""Stage train_stack: one training of the rack's growth.
+
+What is in memory, what of it learns and what lies below is told by the arguments; the table of stages makes them from
+`growth` and `adapters`.
+"""
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
@@ -13,89 +15,90 @@ from workflow.stage import StageRun, check_params, run_stage
 if __name__ == "__main__":
     check_params()  # before the imports that take seconds
 
-from stackwise.cache.batches import BoundaryBatches
 from stackwise.cache.boundary import KIND as BOUNDARY
-from stackwise.cache.boundary import Boundaries, Source, check_identity
+from stackwise.cache.boundary import Link
 from stackwise.data.tokens import KIND as TOKENS
-from stackwise.data.tokens import open_tokens
-from stackwise.growth.batches import TokenBatches
-from stackwise.growth.pretrained import vocabulary_widths
-from stackwise.growth.stack_objectives import objective_of_stack, order_of_stack
-from stackwise.growth.stacks import KIND, TrainedStack, new_window, save_stack
-from stackwise.growth.window import Batch
-from stackwise.model.rack import RackShape
-from stackwise.objectives.words import Words
+from stackwise.growth.phases import Member
+from stackwise.growth.stacks import KIND, Training
+from stackwise.growth.training import PhaseInputs, train_phase
+from stackwise.growth.trunk import trunk_of
 from stackwise.precision.trunk import KIND as TRUNK
-from stackwise.precision.trunk import TrunkStack
+from stackwise.training.checkpoint import Checkpoints
 from stackwise.training.device import set_up
-from workflow.training import finish, train_window
+from workflow.training import finish, watcher
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the script."""
-    parser.add_argument("--index", type=int, required=True, help="which stack, from 0")
+    parser.add_argument("--index", type=int, required=True, help="the stack whose parameters hold, from 0")
+    parser.add_argument("--sweep", type=int, default=0, help="0 while the rack grows; which sweep over it, from 1")
+    parser.add_argument(
+        "--window",
+        type=parse_member,
+        nargs="+",
+        required=True,
+        metavar="STACK=ROLE",
+        help="the stacks in memory, bottom to top: new, lora, weights, adapters, frozen or initial",
+    )
+    parser.add_argument("--embeddings", choices=["learn", "frozen"], default="frozen", help="what the embeddings do")
+    parser.add_argument(
+        "--masks", choices=["fresh", "recurring"], default="recurring", help="in each pass over the data"
+    )
     parser.add_argument("--tokens", type=Path, required=True, help="tokens artifact")
-    parser.add_argument("--below", type=Path, help="trained stack index - 1")
-    parser.add_argument("--first", type=Path, help="trained stack 0, for its embeddings")
-    parser.add_argument("--trunk", type=Path, nargs="+", default=[], help="trunk artifacts 0 ... index - 1")
-    parser.add_argument("--activations", type=Path, help="boundary artifact that this stack trains on")
+    parser.add_argument("--trainings", type=Path, nargs="+", default=[], help="earlier trainings that are gone on from")
+    parser.add_argument("--copies", type=int, help="the stack that new ones may begin as a copy of")
+    parser.add_argument("--quantized", type=Path, nargs="+", default=[], help="trunk artifacts of stacks in the window")
+    parser.add_argument(
+        "--trunk", type=Path, nargs="+", default=[], help="trunk artifacts below the window, bottom to top"
+    )
+    parser.add_argument("--adapted", type=Path, nargs="+", default=[], help="trainings that hold the trunk's adapters")
+    parser.add_argument("--activations", type=Path, help="boundary artifact that stands for the trunk")
+    parser.add_argument("--chain", type=Link.parse, nargs="+", default=[], help="boundaries up to this one")
+    parser.add_argument("--known", type=int, help="the stack whose masks those above a new one have learned to read")
     parser.add_argument("--out", type=Path, required=True, help="artifact to write")
     parser.add_argument("--losses", type=Path, required=True, help="JSON file for the loss curve")
 
 
+def parse_member(text: str) -> Member:
+    """`STACK=ROLE`."""
+    stack, role = text.split("=")
+    return Member(int(stack), role)  # type: ignore[arg-type]
+
+
 def work(run: StageRun) -> None:
-    """Train one stack."""
+    """Train."""
     args, params = run.arguments, run.params
-    k, stack_params = args.index, params.stack_params(args.index)
     device = set_up(params.compute, threads=params.compute.threads, seed=params.seed)
-    tokens_artifact = run.read("tokens", args.tokens, TOKENS)
-    tokens = open_tokens(tokens_artifact, params.seq_len)
-    below = TrainedStack(run.read("below", args.below, KIND)) if args.below else None
-    first = TrainedStack(run.read("first", args.first, KIND)) if args.first else below
-    vocabulary = tokens.vocabulary
-    widths = below.shape.widths if below else vocabulary_widths(params.model)
-    shape = RackShape.of(params.stack_model(k), [stack_params.blocks], vocabulary.size, **widths)
-    window = new_window(
-        k,
-        shape=shape,
-        init=stack_params.init,
-        seed=params.seed,
-        below=below,
-        first=first,
-        with_embeddings=params.objective.embedding_weight > 0,
+    roles = ["head" if path == args.trainings[-1] else f"training.{i}" for i, path in enumerate(args.trainings)]
+    adapted = [Training(run.read(f"adapted.{i}", path, KIND)) for i, path in enumerate(args.adapted)]
+    inputs = PhaseInputs(
+        params=params,
+        stack=args.index,
+        sweep=args.sweep,
+        members=args.window,
+        embeddings_learn=args.embeddings == "learn",
+        fresh=args.masks == "fresh",
+        tokens=run.read("tokens", args.tokens, TOKENS),
+        trainings=[Training(run.read(role, path, KIND)) for role, path in zip(roles, args.trainings, strict=True)],
+        copies=args.copies,
+        quantized=trunk_of([run.read(f"quantized.{i}", path, TRUNK) for i, path in enumerate(args.quantized)]),
+        below=trunk_of([run.read(f"trunk.{i}", path, TRUNK) for i, path in enumerate(args.trunk)], adapted),
+        boundary=None if args.activations is None else run.read("activations", args.activations, BOUNDARY),
+        chain=args.chain,
+        known=args.known,
     )
-    words, time = Words(tokens.word_starts, vocabulary.eos_id), params.model.time
-    objective = objective_of_stack(params, k, time, tokens=tokens.train, mask_id=vocabulary.mask_id, words=words)
-    from_tokens = TokenBatches(
-        tokens.train,
-        order_of_stack(params, k, time, len(tokens.train)),
-        objective,
-        stack_params.batch_size,
-        params.optimizer.accumulate,
-        vocabulary.eos_id if params.model.document_mask else None,
+    own = params.stack_params(args.index)
+    checkpoints = Checkpoints(run.checkpoint_file())
+    trained = train_phase(
+        inputs,
+        device=device,
+        checkpoints=checkpoints,
+        watcher=watcher(run, steps=own.steps, batch_size=own.batch_size),
+        progress=run.rows_made,
     )
-    with ExitStack() as stack:
-        batches: Callable[[int], Sequence[Batch]] = from_tokens
-        if k > 0:
-            trunk = [TrunkStack(run.read(f"trunk.{i}", path, TRUNK)) for i, path in enumerate(args.trunk)]
-            source = Source(params, tokens_artifact, tokens.train, vocabulary.mask_id, vocabulary.eos_id, trunk, words)
-            index = check_identity(run.read("activations", args.activations, BOUNDARY), source)
-            reader = stack.enter_context(Boundaries(source, device=device, progress=run.rows_made).open(index))
-            batches = BoundaryBatches(from_tokens, reader, objective.variants)
-        losses = train_window(
-            run,
-            window,
-            batches,
-            causal=objective.causal,
-            steps=stack_params.steps,
-            batch_size=stack_params.batch_size,
-            lr=stack_params.lr,
-            device=device,
-        )
     with run.publish(args.out, KIND) as draft:
-        draft.facts |= save_stack(draft.directory, window.cpu(), index=k, shape=shape)
-        draft.facts["steps"] = stack_params.steps
-    finish(run, losses)
+        draft.facts |= trained.save(draft.directory)
+    finish(run, trained.losses, checkpoints)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,20 @@
+"""StackWise from Python and notebooks, without an engine: racks that grow, their data, their weights.
+
+Everything here goes through the code that the pipeline's stages run: the same parameters give the same bytes.
+"""
+
+from stackwise.errors import UserError
+from stackwise.interactive.building import ProgressiveRackBuilder
+from stackwise.interactive.configuring import StackWiseConfig
+from stackwise.interactive.growing import ProgressiveTrainer
+from stackwise.interactive.loading import ProgressiveDataLoader
+from stackwise.interactive.tuning import UnifiedTrainer
+
+__all__ = [
+    "ProgressiveDataLoader",
+    "ProgressiveRackBuilder",
+    "ProgressiveTrainer",
+    "StackWiseConfig",
+    "UnifiedTrainer",
+    "UserError",
+]

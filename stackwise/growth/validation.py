@@ -1,0 +1,137 @@
+"""The loss of a window on held-out text, while it trains."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from stackwise.config.objective import MASKED, ObjectiveParams
+from stackwise.data.tokens import Tokens
+from stackwise.errors import UserError
+from stackwise.growth.window import Batch, Trunk, Window
+from stackwise.model.context import Context, segments_of_documents
+from stackwise.objectives.held_out import BoundObjective, spread
+from stackwise.objectives.targets import CausalObjective, CustomObjective, Objective
+from stackwise.precision.dtypes import autocast
+from stackwise.training.checkpoint import Checkpoints
+
+
+def held_out_batches(
+    tokens: Tokens,
+    objective: Objective,
+    *,
+    samples: int,
+    batch_size: int,
+    document_mask: bool,
+    trunk: Trunk | None = None,
+    device: torch.device,
+    keep: torch.dtype = torch.float32,
+) -> list[Batch]:
+    """Held-out text as a window sees it; always the same.
+
+    Args:
+        tokens: of which the validation split is taken.
+        objective: what is asked of it, once of each sample.
+        samples: how many, spread evenly over the split.
+        batch_size: samples of a batch.
+        document_mask: whether attention stays within documents.
+        trunk: frozen stacks below the window: all passes through them here, and the boundary is kept.
+        device: computes that.
+        keep: format in which the boundary is kept, on the CPU.
+
+    Raises:
+        UserError: none of the samples asks for anything.
+    """
+    chosen, batches = spread(len(tokens.validation), samples), []
+    numbers = np.arange(len(chosen))
+    for part in np.array_split(numbers, math.ceil(len(chosen) / batch_size)):
+        ids = tokens.validation.samples(chosen[part])
+        task = objective(ids, chosen[part], part)
+        segments = segments_of_documents(torch.from_numpy(ids), tokens.vocabulary.eos_id) if document_mask else None
+        times = torch.from_numpy(task.times.astype(np.float32))
+        inputs = torch.from_numpy(task.inputs)
+        if trunk is not None:
+            context = Context(
+                objective.causal, None if segments is None else segments.to(device), times=times.to(device)
+            )
+            inputs = trunk(inputs.to(device), context).to("cpu", keep)
+        batches.append(Batch(inputs, task.targets, times, segments))
+    if not any(len(batch.targets.rows) for batch in batches):
+        raise UserError(
+            f"stack.stop_samples = {samples}: none of these held-out samples has a label; raise it or "
+            "data.validation_fraction, give documents with labels, or set stack.stop_every to null"
+        )
+    return batches
+
+
+def held_out_objective(params: ObjectiveParams, tokens: Tokens, seed: int) -> Objective:
+    """What held-out text is asked for: the NELBO where tokens are masked, else what training asks."""
+    if params.type in MASKED:
+        return BoundObjective(seed, tokens.vocabulary.mask_id)
+    return CausalObjective() if params.type == "clm" else CustomObjective(tokens.validation, params.causal)
+
+
+class Validation:
+    """The validation loss of a window while it trains, and after which step it was the best."""
+
+    def __init__(
+        self, window: Window, batches: Sequence[Batch], *, causal: bool, device: torch.device, dtype: str
+    ) -> None:
+        """
+        Args:
+            window: what trains.
+            batches: from `held_out_batches`.
+            causal: whether a position may only look back.
+            device: where the window is while it trains.
+            dtype: compute format.
+        """
+        self._window, self._batches, self._causal = window, batches, causal
+        self._device, self._dtype = device, dtype
+        self._done = 0
+        self.best = Best()
+
+    def begin_step(self, step: int) -> None:
+        """Before each training step (from 0): as of the window."""
+        self._window.begin_step(step)
+        self._done = step + 1
+
+    def loss(self) -> float:
+        """The mean over all samples of the window in evaluation mode (nats per token)."""
+        device, causal = self._device, self._causal
+        with torch.no_grad(), autocast(device, self._dtype):
+            losses = [
+                float(self._window.loss(batch, device=device, causal=causal)) * len(batch.inputs)
+                for batch in self._batches
+            ]
+        loss = math.fsum(losses) / sum(len(batch.inputs) for batch in self._batches)
+        if loss < self.best.loss:
+            self.best.step, self.best.loss = self._done, loss
+        return loss
+
+
+@dataclass
+class Best:
+    """The validation that was the best so far."""
+
+    step: int = 0
+    """Steps done then; 0: there was none, or none that was finite."""
+    loss: float = math.inf
+
+
+@dataclass(frozen=True)
+class ValidatedCheckpoints(Checkpoints):
+    """Checkpoints that also bring back which validation was the best."""
+
+    best: Best
+
+    def load(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> tuple[int, dict[str, Any]]:
+        """As of all checkpoints."""
+        step, facts = super().load(parameters, optimizer)
+        vars(self.best).update(facts.get("best", {}))
+        return step, facts

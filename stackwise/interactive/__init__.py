@@ -1,0 +1,1 @@
+"""What notebooks work with: the library's parts without an engine. `stackwise.api` names them all."""
