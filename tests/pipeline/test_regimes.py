@@ -1,5 +1,5 @@
-"""Every regime of growth with every format of the trunk and every strategy of adapters: through the pipeline where it
-is allowed, to its message where it is not."""
+"""Every regime of growth with every format of the trunk, and with every strategy of adapters: through the pipeline
+where it is allowed, to its message where it is not."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ ADAPTERS: dict[str, Changes] = {
     "both": {"adapters.stack": _STRATEGIES["variable"], "adapters.trunk": _STRATEGIES["progressive"]},
 }
 VARIATIONS = ("blockwise, masks redrawn", "window 1, stride 2", "window 1, unfreezing", "sweeps after growth")
-"""Of other regimes, which meet every format: two are enough for them."""
+"""Of other regimes, which meet every format: two are enough for them, as for the other strategies of adapters."""
 LEARN_ALL = ("fused, trainable", "window 1", "window all", "insert, trainable")
 
 
@@ -103,7 +103,8 @@ def cases() -> Iterator[Case]:
                 refusal = "adapters.trunk = null: expected a mapping"
             elif on_stack and regime.startswith(("end", *LEARN_ALL)):
                 refusal = "with this regime of growth"
-            for precision in ("bfloat16", "nf4") if regime in VARIATIONS else get_args(Precision):
+            every = regime not in VARIATIONS and adapters in ("none", "stack simplified", "trunk simplified")
+            for precision in get_args(Precision) if every else ("bfloat16", "nf4"):
                 yield Case(regime, precision, adapters, refusal)
 
 
