@@ -88,10 +88,10 @@ class Params(Section):
         """The parameters of stack `k`: the defaults as they change with k, with its overrides."""
         own = self.stack
         update: dict[str, Any] = {}
-        # Nothing of the first stack depends on how others differ; and a stage may see no more than it declares.
-        if k and "steps" in vars(own):
+        # A stage sees what it declares: of a stack that it does not train neither steps nor rate, of the first no factor.
+        if k and {"steps", "steps_factor"} <= vars(own).keys():
             update["steps"] = max(1, round(own.steps * own.steps_factor**k))
-        if k and "lr" in vars(own):
+        if k and {"lr", "lr_factor"} <= vars(own).keys():
             update["lr"] = own.lr * own.lr_factor**k
         if k < len(self.stacks):
             update |= self.stacks[k].model_dump(exclude_none=True, exclude={"attention", "mlp"})
