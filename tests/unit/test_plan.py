@@ -236,9 +236,10 @@ def batch_of(step: Step) -> Batch:
 
 def train_step(window: Window, step: Step, batch: Batch, update: Callable[[], object] = lambda: None) -> None:
     """What the training loop does in a step."""
+    device = torch.device(step.device)
     for _ in range(step.optimizer.accumulate):
-        with autocast(CPU, step.compute):
-            loss = window.loss(batch, device=CPU, causal=step.sizes.causal)
+        with autocast(device, step.compute):
+            loss = window.loss(batch, device=device, causal=step.sizes.causal)
         loss.backward()
         del loss
     update()
