@@ -62,16 +62,15 @@ class DenseAttention(nn.Module):
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
         """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `parts.Attention`."""
         batch, seq, _ = x.shape
-        start = cache.length if cache else 0
-        q, k, v = self.queries_keys_values(x, start)
+        q, k, v = self.queries_keys_values(x, context.start(cache.length if cache else 0))
         if cache:
             k, v = cache.extend(k, v)
         mixed = attend(q, k, v, context, dropout=self.dropout if self.training else 0.0)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))
 
-    def queries_keys_values(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries `[batch, n_heads, seq, head_dim]`, rotated keys and values
-        `[batch, n_kv_heads, seq, head_dim]` of the positions from `start`."""
+        `[batch, n_kv_heads, seq, head_dim]` of the positions from `start` (see `rotary_table`)."""
         batch, seq, _ = x.shape
         q = self.q_proj(x).view(batch, seq, self.n_heads, self.head_dim)
         k = self.k_proj(x).view(batch, seq, self.n_kv_heads, self.head_dim)
@@ -103,10 +102,8 @@ def attend(
         `[batch, n_heads, n, v_dim]`.
     """
     n, m = q.shape[2], k.shape[2]
-    mask = context.allowed
-    if mask is not None:
-        mask = mask[:, :, m - n : m, :m]
-    elif context.causal and 1 < n < m:
+    mask = context.allowed(n, m)
+    if mask is None and context.causal and 1 < n < m:
         mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
     return F.scaled_dot_product_attention(
         q,

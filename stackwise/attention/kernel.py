@@ -26,7 +26,7 @@ class KernelAttention(DenseAttention):
     def forward(self, x: Tensor, context: Context, cache: RunningSums | None = None) -> Tensor:  # type: ignore[override]
         """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `parts.Attention`."""
         batch, seq, _ = x.shape
-        q, k, v = self.queries_keys_values(x, cache.length if cache else 0)
+        q, k, v = self.queries_keys_values(x, context.start(cache.length if cache else 0))
         mixed = attend_by_features(self.features, q, k, v, context, cache)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))
 

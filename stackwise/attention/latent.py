@@ -49,12 +49,12 @@ class LatentProjections(nn.Module):
         self.kv_a_norm = RMSNorm(self.rank, params.norm_eps)
         self.kv_b_proj = nn.Linear(self.rank, n_kv_heads * (self.nope_dim + self.v_dim), bias=False)
 
-    def forward(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`[batch, seq, d_model]`, whose first position is `start` -> queries `[batch, n_heads, seq, qk_dim]`, keys
+    def forward(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[batch, seq, d_model]`, whose first position is `start` (see `rotary_table`) -> queries `[batch, n_heads, seq, qk_dim]`, keys
         `[batch, n_kv_heads, seq, qk_dim]`, values `[batch, n_kv_heads, seq, v_dim]`."""
         return self.queries(x, start), *self.keys_values(self.latents(x, start))
 
-    def queries(self, x: Tensor, start: int) -> Tensor:
+    def queries(self, x: Tensor, start: int | Tensor) -> Tensor:
         """`[batch, seq, d_model]` -> `[batch, n_heads, seq, qk_dim]`."""
         if self.q_a_proj is not None and self.q_a_norm is not None and self.q_b_proj is not None:
             q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
@@ -65,10 +65,10 @@ class LatentProjections(nn.Module):
         nope, rope = q.split((self.nope_dim, self.rope_dim), dim=-1)
         return torch.cat((self.amplified(nope), self._rotate(rope, start)), dim=-1)
 
-    def latents(self, x: Tensor, start: int) -> Tensor:
+    def latents(self, x: Tensor, start: int | Tensor) -> Tensor:
         """`[batch, seq, d_model]` -> normed latents with the rotary key behind them `[batch, seq, rank + rope_dim]`."""
         latent, key = self.kv_a_proj(x).split((self.rank, self.rope_dim), dim=-1)
-        return torch.cat((self.kv_a_norm(latent), self._rotate(key, start)), dim=-1)
+        return torch.cat((self.kv_a_norm(latent), self._rotate(key[:, None], start)[:, 0]), dim=-1)
 
     def keys_values(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """What `latents` returned, of any positions -> their keys `[batch, n_kv_heads, seq, qk_dim]` and values
@@ -84,7 +84,7 @@ class LatentProjections(nn.Module):
         """Dimensions without position, by the factor that the rotary ones get from their table."""
         return nope if self.rope.amplitude == 1.0 else nope * self.rope.amplitude
 
-    def _rotate(self, x: Tensor, start: int) -> Tensor:
+    def _rotate(self, x: Tensor, start: int | Tensor) -> Tensor:
         return rotate(x, *rotary_table(start, x.shape[-2], self.rope_dim, self.rope, x.device))
 
 
@@ -124,9 +124,8 @@ class LatentAttention(nn.Module):
         """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `parts.Attention`."""
         batch, seq, _ = x.shape
         dropout = self.dropout if self.training else 0.0
-        q, latents = (
-            part(x, cache.length if cache else 0) for part in (self.projections.queries, self.projections.latents)
-        )
+        start = context.start(cache.length if cache else 0)
+        q, latents = (part(x, start) for part in (self.projections.queries, self.projections.latents))
         if cache:
             latents = cache.extend(latents)
         # Absorption needs the very matrix, which an adapted or quantized projection does not have.
@@ -155,12 +154,11 @@ class LatentAttention(nn.Module):
         w_k, w_v = p.kv_b_proj.weight.view(p.n_heads, p.nope_dim + p.v_dim, p.rank).split((p.nope_dim, p.v_dim), dim=1)
         nope, rope = q[:, :, 0].split((p.nope_dim, p.rope_dim), dim=-1)
         absorbed = p.amplified(torch.einsum("bhd,hdr->bhr", nope, w_k))
-        mask = context.allowed
         mixed = F.scaled_dot_product_attention(
             torch.cat((absorbed, rope.to(absorbed.dtype)), dim=-1)[:, None],
             latents[:, None],
             latents[:, None, :, : p.rank],
-            attn_mask=None if mask is None else mask[:, :, m - 1 : m, :m],
+            attn_mask=context.allowed(1, m),
             dropout_p=dropout,
             scale=p.qk_dim**-0.5,
         )

@@ -30,7 +30,7 @@ class LatentKernelAttention(nn.Module):
     def forward(self, x: Tensor, context: Context, cache: RunningSums | None = None) -> Tensor:
         """`[batch, seq, d_model]` -> `[batch, seq, d_model]`; see `parts.Attention`."""
         batch, seq, _ = x.shape
-        q, k, v = self.projections(x, cache.length if cache else 0)
+        q, k, v = self.projections(x, context.start(cache.length if cache else 0))
         mixed = attend_by_features(self.features, q, k, v, context, cache)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))
 

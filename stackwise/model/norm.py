@@ -22,18 +22,26 @@ class RMSNorm(nn.RMSNorm):
         """`[..., dim]` -> `[..., dim]`."""
         if x.is_cuda and x.dtype == self.weight.dtype:
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        if not torch.is_grad_enabled():  # the same numbers, without what the gradient takes
+            return _normalized(x, self.weight, self.eps)[0]
         return _Normalize.apply(x, self.weight, self.eps)
+
+
+def _normalized(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x` `[..., dim]` normalised, and the factors `[..., 1]` that it took."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight).to(x.dtype), scale
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """`[..., dim]` and `[dim]` -> `[..., dim]`."""
-        exact = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normalized, scale = _normalized(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(x.dtype)
+        return normalized
 
     @staticmethod
     @once_differentiable

@@ -177,6 +177,7 @@ class Rack(nn.Module):
         causal: bool = False,
         times: Tensor | None = None,
         segments: Tensor | None = None,
+        padding: Tensor | None = None,
         cache: list[list[DecodingCache]] | None = None,
         entry: int = 0,
     ) -> Tensor:
@@ -187,10 +188,11 @@ class Rack(nn.Module):
             causal: whether a position may only look back.
             times: the mask rate t of each sample `[batch]`, for models that are conditioned on it.
             segments: see `Context.segments`.
+            padding: see `Context.padding`; wants `segments` that set it apart.
             cache: from `new_cache`: `tokens` continue what it has seen; wants `causal`.
             entry: the stack at which they enter; those below it are passed by.
         """
-        context = Context(causal=causal, segments=segments, times=times)
+        context = Context(causal=causal, segments=segments, times=times, padding=padding)
         x = self.embeddings(tokens)
         for k, stack in enumerate(self.stacks[entry:], entry):
             x = stack(x, context, cache=cache[k] if cache else None)

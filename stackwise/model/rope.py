@@ -72,12 +72,22 @@ def _table(end: int, dim: int, rope: Rope, device: torch.device) -> tuple[Tensor
         return angles.cos() * rope.amplitude, angles.sin() * rope.amplitude
 
 
-def rotary_table(start: int, seq: int, dim: int, rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    start: int | Tensor, seq: int, dim: int, rope: Rope, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the positions `start ... start + seq - 1`.
 
+    Args:
+        start: of all samples, or of each `[batch]` int64; those in front of position 0 are padding, and any will do.
+        seq, dim, rope, device: as their names say.
+
     Returns:
-        Two fp32 tensors `[seq, dim]`, each frequency standing in both halves.
+        Two fp32 tensors `[seq, dim]`, each frequency standing in both halves; `[batch, 1, seq, dim]` if samples differ.
     """
+    if isinstance(start, Tensor):
+        positions = (start[:, None, None] + torch.arange(seq, device=device)).clamp_(min=0)
+        cos, sin = _table(1 << int(positions.max()).bit_length(), dim, rope, device)
+        return cos[positions], sin[positions]
     end = start + seq
     if start:  # decoding: a table that serves the next positions too
         end = 1 << (end - 1).bit_length()
@@ -90,9 +100,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: queries or keys `[batch, heads, seq, dim]`.
-        cos, sin: from `rotary_table`, `[seq, dim]`.
+        cos, sin: from `rotary_table`, `[seq, dim]` or `[batch, 1, seq, dim]`.
     """
-    return _Turn.apply(x, cos.to(x.dtype), sin.to(x.dtype))
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if not torch.is_grad_enabled():  # the same numbers, without what the gradient takes
+        return _turned(x, cos, sin, sign=1)
+    return _Turn.apply(x, cos, sin)
 
 
 class _Turn(torch.autograd.Function):
