@@ -27,7 +27,7 @@ joint: {batch_size: 4}
 fine_tune:
   clm: {steps: 8, batch_size: 4, lr: 1.0e-3}
 evaluate: {samples: 8}
-report: {}
+samples: {}
 activations: {}
 checkpoint: {}
 tracking: {enabled: false}

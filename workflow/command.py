@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from stackwise.errors import UserError
-from workflow import plan
+from workflow import generate, plan
 
 
 def main() -> None:
@@ -14,11 +14,16 @@ def main() -> None:
     planning = commands.add_parser("plan", help="what the pipeline will take: weights, memory, cache, operations, time")
     plan.declare(planning)
     planning.set_defaults(run=plan.run)
+    generating = commands.add_parser("generate", help="text from a trained model")
+    generate.declare(generating)
+    generating.set_defaults(run=generate.run)
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ _SLACK = 1.35
 between them."""
 _USUAL_VOCABULARY = 50_000
 """Before the tokenizer is there."""
-_COMPUTING = ("cache_activations", "train_stack", "tune_jointly", "fine_tune", "evaluate", "report")
+_COMPUTING = ("cache_activations", "train_stack", "tune_jointly", "fine_tune", "evaluate", "sample")
 
 
 def resources(params: Params, stages: Iterable[Stage]) -> dict[str, dict[str, int]]:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from stackwise import variants
+from stackwise.config.generation import CAUSAL_ONLY, UNMASKING_ONLY, SamplesParams
 from stackwise.config.params import Params, load
 from stackwise.config.training import FineTuneParams, StackParams
 from stackwise.data.sources import find_files
@@ -69,7 +70,10 @@ EVALUATION = (
     *(*FUSING, *TOKENS, *DEVICE, *OBJECTIVES, HELD_OUT),
     *("stackwise/config/evaluation.py", "stackwise/config/training.py", "stackwise/inference/evaluation.py"),
 )
-SAMPLING = (*RACKS, *TOKENS, *DEVICE, "stackwise/inference/sampling.py")
+SAMPLING = (
+    *(*RACKS, *DEVICE, "stackwise/config/generation.py", "stackwise/generation", "stackwise/objectives/draws.py"),
+    *("stackwise/config/data.py", "stackwise/data/tokenizer.py", "stackwise/data/tokens.py"),
+)
 DETERMINISM = ("compute.device", "compute.deterministic")
 """Parameters that every stage reads that computes with torch."""
 
@@ -397,8 +401,12 @@ def _model_stages(params: Params) -> Iterator[Stage]:
         inputs=(*_path_arguments(rack), tokens),
         outputs=(model,),
         params=(
-            "adapters.merge",
-            *(("model.time", "objective", *_mask_rate_keys(params, 0)) if unrolls else ()),
+            *("adapters.merge", "seq_len"),
+            *(
+                ("model.time", "objective", *_mask_rate_keys(params, 0))
+                if unrolls
+                else ("objective.type", "objective.causal")
+            ),
         ),
         sources=(*FUSING, *DEPTH, *TOKENS, *adapters, *architectures),
     )
@@ -442,6 +450,13 @@ def _model_stages(params: Params) -> Iterator[Stage]:
             models[branch] = out
     for name, path in models.items():
         yield _evaluation(params, name, {"model": path}, everything, unmerged if name == "fused" else ())
+    samples = []
+    for name, path in models.items():
+        learned = params.objective.type if name == "fused" else name
+        if learned != "custom":  # what it predicts need not be text
+            samples.append(f"artifacts/samples/{name}")
+            sources = (*(unmerged if name == "fused" else ()), *architectures)
+            yield _sampling(params, name, path, samples[-1], learned == "clm", sources)
     measured = [phase.name for phase in every if len(phase.kept) == len(phase.order)]
     depths = tuple(f"metrics/{name}.json" for name in measured)
     metrics = tuple(f"metrics/{name}.json" for name in models)
@@ -450,19 +465,32 @@ def _model_stages(params: Params) -> Iterator[Stage]:
         name="report",
         script="report",
         arguments={
-            "tokens": tokens,
-            "models": list(models.values()),
+            **({"samples": samples} if samples else {}),
             "depths": depths,
             "metrics": metrics,
             "losses": losses,
             "depth": "metrics/depth.json",
             "out": "artifacts/report",
         },
-        inputs=(tokens, *models.values(), *depths, *metrics, *losses),
+        inputs=(*samples, *depths, *metrics, *losses),
         outputs=("artifacts/report",),
         plots=("metrics/depth.json",),
-        params=("seed", "seq_len", "report", *DETERMINISM, "compute.branch_threads"),
-        sources=(*SAMPLING, *unmerged, *architectures, "workflow/figures.py"),
+        sources=(*ARTIFACTS, "workflow/figures.py"),
+    )
+
+
+def _sampling(params: Params, name: str, model: str, out: str, causal: bool, sources: tuple[str, ...]) -> Stage:
+    """Texts of a model."""
+    without = UNMASKING_ONLY if causal else CAUSAL_ONLY
+    keys = (f"samples.{key}" for key in SamplesParams.model_fields if key not in without)
+    return Stage(
+        name=f"sample_{name}",
+        script="sample",
+        arguments={"model": model, "out": out},
+        inputs=(model,),
+        outputs=(out,),
+        params=("seed", *keys, *DETERMINISM, "compute.branch_threads"),
+        sources=(*SAMPLING, *sources),
         threads=params.compute.branch_threads,
     )
 

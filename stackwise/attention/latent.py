@@ -50,8 +50,9 @@ class LatentProjections(nn.Module):
         self.kv_b_proj = nn.Linear(self.rank, n_kv_heads * (self.nope_dim + self.v_dim), bias=False)
 
     def forward(self, x: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[batch, seq, d_model]`, whose first position is `start` (see `rotary_table`) -> queries `[batch, n_heads, seq, qk_dim]`, keys
-        `[batch, n_kv_heads, seq, qk_dim]`, values `[batch, n_kv_heads, seq, v_dim]`."""
+        """`[batch, seq, d_model]`, whose first position is `start` (see `rotary_table`) -> queries
+        `[batch, n_heads, seq, qk_dim]`, keys `[batch, n_kv_heads, seq, qk_dim]`, values
+        `[batch, n_kv_heads, seq, v_dim]`."""
         return self.queries(x, start), *self.keys_values(self.latents(x, start))
 
     def queries(self, x: Tensor, start: int | Tensor) -> Tensor:

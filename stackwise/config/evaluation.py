@@ -1,4 +1,4 @@
-"""Sections `evaluate` and `report`: what is measured on held-out text and shown."""
+"""Section `evaluate`: what is measured on held-out text."""
 
 from typing import Annotated
 
@@ -24,14 +24,3 @@ class EvaluateParams(Section):
         if not self.mask_rates or sorted(set(self.mask_rates)) != self.mask_rates:
             return [("mask_rates", "expected at least one number, each greater than the one before it")]
         return []
-
-
-class ReportParams(Section):
-    """The samples of text in the report."""
-
-    samples: int = Field(default=4, ge=1)
-    """Texts sampled from each model."""
-    steps: int = Field(default=32, ge=1)
-    """Denoising steps of a text from a diffusion model."""
-    temperature: float = Field(default=0.8, gt=0)
-    """Softmax temperature."""

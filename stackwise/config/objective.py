@@ -91,6 +91,11 @@ class ObjectiveParams(Section):
         return found
 
     @property
+    def looks_back(self) -> bool:
+        """Whether a position sees only itself and those before it."""
+        return self.type == "clm" or self.causal
+
+    @property
     def by_training(self) -> bool:
         """Whether the mask rate follows training."""
         return self.schedule is not None and self.schedule_over == "training"

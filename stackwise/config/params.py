@@ -14,7 +14,8 @@ from pydantic import Field, ValidationError
 from stackwise.config.allowed import as_yaml, at, dereference, in_words
 from stackwise.config.compute import ActivationsParams, ComputeParams, TrunkParams
 from stackwise.config.data import DataParams, TokenizerParams
-from stackwise.config.evaluation import EvaluateParams, ReportParams
+from stackwise.config.evaluation import EvaluateParams
+from stackwise.config.generation import SamplesParams
 from stackwise.config.growth import AdaptersParams, GrowthParams, LoRAParams
 from stackwise.config.model import ModelParams
 from stackwise.config.objective import MASKED, MASKING, ObjectiveParams
@@ -75,8 +76,8 @@ class Params(Section):
     """Fine-tuning branches of the fused rack."""
     evaluate: EvaluateParams
     """What is measured on held-out text."""
-    report: ReportParams
-    """The samples of text in the report."""
+    samples: SamplesParams
+    """The texts that each model writes for the report."""
     activations: ActivationsParams
     """The activation cache on disk. Changes no result."""
     checkpoint: CheckpointParams

@@ -25,7 +25,7 @@ from stackwise.growth.fusing import fuse
 from stackwise.growth.needs import made_from, needs_of
 from stackwise.growth.phases import Phase, Version, phases
 from stackwise.growth.racks import KIND as RACK
-from stackwise.growth.racks import save_rack
+from stackwise.growth.racks import facts_of, save_rack
 from stackwise.growth.stacks import KIND, Training
 from stackwise.growth.training import PhaseInputs, boundary_source, train_phase
 from stackwise.growth.trunk import AdaptedStack, adapted_stacks, trunk_of
@@ -175,13 +175,13 @@ class GrowthRun:
             UserError: a phase has not been trained.
         """
         trainings, trunk, order = self.parts()
-        tokens = self.tokens()
+        tokens, learned = self.tokens(), self.params.objective
 
         def fuse_into(directory: Path) -> dict[str, Any]:
             rack = rack_of(self.params, trainings, trunk, order, merged=self.params.adapters.merge)
             save_rack(directory, rack, tokens.path / TOKENIZER)
             return {
-                "shape": rack.shape.to_json(),
+                **facts_of(rack, objective=learned.type, causal=learned.looks_back, seq_len=self.params.seq_len),
                 "parameters": sum(p.numel() for p in rack.parameters()),
                 "steps": trainings[-1].artifact.facts["steps_in_all"],
             }

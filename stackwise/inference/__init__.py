@@ -1,1 +1,1 @@
-"""Evaluation and sampling of trained racks."""
+"""Evaluation of trained racks."""

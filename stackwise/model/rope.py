@@ -72,9 +72,7 @@ def _table(end: int, dim: int, rope: Rope, device: torch.device) -> tuple[Tensor
         return angles.cos() * rope.amplitude, angles.sin() * rope.amplitude
 
 
-def rotary_table(
-    start: int | Tensor, seq: int, dim: int, rope: Rope, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def rotary_table(start: int | Tensor, seq: int, dim: int, rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the positions `start ... start + seq - 1`.
 
     Args:

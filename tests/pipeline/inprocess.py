@@ -32,7 +32,7 @@ BASE: dict[str, Any] = {
     "joint": {"batch_size": 4},
     "fine_tune": {"clm": {"steps": 2, "batch_size": 4}, "mlm": {"steps": 2, "batch_size": 4}},
     "evaluate": {"samples": 4, "draws": 1, "mask_rates": [0.5]},
-    "report": {"samples": 1, "steps": 2},
+    "samples": {"number": 1, "steps": 2},
     "activations": {"shard_mb": 1},
     "checkpoint": {},
     "tracking": {"enabled": False},

@@ -1,0 +1,1 @@
+"""Text from racks: left to right with a decoding cache, or by unmasking."""
