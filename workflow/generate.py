@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -129,7 +130,7 @@ def _explained(error: ValidationError) -> Iterator[str]:
         key = str(found["loc"][0])
         part = at(schema, (key,))
         expected = in_words(schema, part) if part else found["msg"]
-        yield f"--{key.replace('_', '-')} {found['input']}: expected {expected.replace(' or null', '')}"
+        yield f"--{key.replace('_', '-')} {found['input']}: expected {re.sub(',? or null', '', expected)}"
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:

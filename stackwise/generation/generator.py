@@ -183,16 +183,16 @@ class TextGenerator:
         """
         params = params or GenerationParams()
         check_params(params, self.method)
-        read_ = read_prompts(list(prompts), self.tokenizer)
-        counts = [self._new_tokens(i, prompt, params) for i, prompt in enumerate(read_)]
+        asked = read_prompts(list(prompts), self.tokenizer)
+        counts = [self._new_tokens(i, prompt, params) for i, prompt in enumerate(asked)]
         make = self._continue if self.method == "causal" else self._unmask
-        for start in range(0, len(read_), batch_size):
+        for start in range(0, len(asked), batch_size):
             part = slice(start, start + batch_size)
-            yield from make(start, read_[part], counts[part], params, seed, watcher)
+            yield from make(start, asked[part], counts[part], params, seed, watcher)
 
     def _new_tokens(self, i: int, prompt: Prompt, params: GenerationParams) -> int:
         """How many to add to a prompt."""
-        where = f"prompt {i} ({_short(prompt.text)})"
+        where = f"prompt {i + 1} ({_short(prompt.text)})"
         if prompt.masked and self.method == "causal":
             raise UserError(
                 f"{where}: this model writes from left to right and cannot fill in a [MASK]; leave it out, or take a "

@@ -30,7 +30,6 @@ from stackwise.growth.racks import load_rack, save_rack
 from stackwise.growth.stacks import EMBEDDINGS, Training, latest_adapters, stack_file
 from stackwise.growth.trunk import AdaptedStack, adapted_stacks, trunk_of
 from stackwise.growth.window import Batch, Unfreezing, Window
-from stackwise.inference.sampling import sample_diffusion
 from stackwise.model.context import Context
 from stackwise.model.rack import Rack, RackShape
 from stackwise.model.stack import Stack
@@ -775,29 +774,3 @@ def test_what_enters_higher_passes_by_the_stacks_below() -> None:
             for stack in list(rack.stacks)[entry:]:
                 x = stack(x)
             assert torch.equal(rack(tokens, entry=entry), x)
-
-
-def test_samples_enter_higher_as_their_masks_become_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    entries: list[int] = []
-    masked: list[float] = []
-    forward = Rack.forward
-
-    def watched(self: Rack, tokens: Tensor, *, entry: int = 0, **others: Any) -> Tensor:
-        entries.append(entry)
-        masked.append(float((tokens == VOCAB).float().mean()))
-        return forward(self, tokens, entry=entry, **others)
-
-    def samples(rack: Rack) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return sample_diffusion(rack, n=64, seq=SEQ, steps=10, temperature=1.0, mask_id=VOCAB, generator=generator)
-
-    whole = samples(unrolled(()))
-    monkeypatch.setattr(Rack, "forward", watched)
-    assert torch.equal(samples(unrolled(())), whole)  # every sample passes through every stack
-    assert entries == [0] * 10
-    assert torch.equal(samples(unrolled((0.9, 0.0, 0.0))), whole)
-    entries.clear()
-    masked.clear()
-    assert not torch.equal(samples(unrolled(ENTRIES)), whole)
-    assert entries == [0, 0, 0, 0, 0, 1, 1, 1, 2, 2]
-    np.testing.assert_allclose(masked, 1 - np.arange(10) / 10, atol=0.1)

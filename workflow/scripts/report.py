@@ -14,6 +14,7 @@ from workflow.stage import StageRun, check_params, run_stage
 if __name__ == "__main__":
     check_params()  # before the imports that take seconds
 
+from stackwise.artifacts.manifest import Artifact
 from workflow.figures import depth_curve, loss_curves, main_figure, masked_nll
 
 KIND, SAMPLES = "report", "samples"
@@ -35,17 +36,14 @@ def work(run: StageRun) -> None:
     depths = {path.stem: run.read_json(path) for path in args.depths}
     metrics = {path.stem: run.read_json(path) for path in args.metrics}
     diffusion = {name: m for name, m in metrics.items() if "masked" in m}
-    samples = {
-        path.name: json.loads((run.read(f"samples.{path.name}", path, SAMPLES).path / "samples.json").read_text())
-        for path in args.samples
-    }
+    samples = [run.read(f"samples.{path.name}", path, SAMPLES) for path in args.samples]
     curve = [{"training": i, **metrics[main_figure(metrics)]} for i, metrics in enumerate(depths.values())]
     run.write_json(args.depth, curve)
     with run.publish(args.out, KIND) as draft:
         loss_curves({path.stem: run.read_json(path) for path in args.losses}, draft.directory / "losses.svg")
         depth_curve(depths, draft.directory / "depth.svg")
         masked_nll(diffusion, draft.directory / "masked_nll.svg")
-        (draft.directory / "samples.html").write_text(_page(samples))
+        (draft.directory / "samples.html").write_text(_page(samples), encoding="utf-8")
 
 
 _STYLE = """
@@ -56,13 +54,13 @@ pre mark { background: #dcebfb; color: inherit; }
 _METHODS = {"causal": "from left to right", "diffusion": "by unmasking"}
 
 
-def _page(samples: dict[str, dict[str, Any]]) -> str:
+def _page(samples: list[Artifact]) -> str:
     """A page of all texts; what is marked was made by the model, all else was given."""
     parts = [f"<!doctype html><meta charset='utf-8'><title>Samples</title><style>{_STYLE}</style>"]
-    for name, own in samples.items():
-        parts.append(f"<h2>{html.escape(name)}, {_METHODS[own['method']]}</h2>")
-        for text in own["texts"]:
-            parts.append(f"<pre>{''.join(map(_marked, text['pieces']))}</pre>")
+    for own in samples:
+        parts.append(f"<h2>{html.escape(own.path.name)}, {_METHODS[own.facts['method']]}</h2>")
+        with (own.path / "samples.jsonl").open(encoding="utf-8") as lines:
+            parts += [f"<pre>{''.join(map(_marked, json.loads(line)['pieces']))}</pre>" for line in lines]
     return "\n".join(parts) + "\n"
 
 

@@ -43,8 +43,8 @@ def work(run: StageRun) -> None:
     for text in texts:
         run.say(repr(text.text if len(text.text) <= 100 else f"{text.text[:97]}..."))
     with run.publish(args.out, KIND) as draft:
-        written = {"method": generator.method, "texts": [asdict(text) for text in texts]}
-        (draft.directory / "samples.json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+        lines = (json.dumps(asdict(text), ensure_ascii=False) + "\n" for text in texts)
+        (draft.directory / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
         draft.facts |= {"method": generator.method, "texts": len(texts)}
 
 
