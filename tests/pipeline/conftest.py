@@ -44,7 +44,7 @@ TINY: dict[str, Any] = {
         "diffusion": {"steps": 8, "batch_size": 4, "lr": 1.0e-3},
     },
     "evaluate": {"samples": 8, "draws": 2, "batch_size": 8},
-    "report": {"samples": 1, "steps": 4},
+    "samples": {"number": 1, "steps": 4},
     "checkpoint": {"every": 5},
     "tracking": {"enabled": False},
 }

@@ -37,6 +37,8 @@ BASE: dict[str, Any] = {
     "checkpoint": {},
     "tracking": {"enabled": False},
 }
+SHOWING = ("sample", "report")
+"""Scripts of what is shown of the models."""
 Changes = Mapping[str, Any]
 """Values by dotted path of params.yaml."""
 
@@ -48,7 +50,7 @@ class Pipeline:
         self.root = root
         self._memory = Memory(root / ".memory")
 
-    def run(self, changes: Changes, *, leave_out: tuple[str, ...] = ("report",)) -> dict[str, dict[str, str]]:
+    def run(self, changes: Changes, *, leave_out: tuple[str, ...] = SHOWING) -> dict[str, dict[str, str]]:
         """Bring everything up to date for `BASE` with `changes`, but for the stages of the scripts `leave_out`.
 
         Returns:
@@ -101,7 +103,7 @@ def project(root: Path) -> Iterator[Pipeline]:
 
 def downstream(first: str) -> set[str]:
     """A stage and all that use what it makes, directly or not, by the params.yaml of the current directory."""
-    stages = [stage for stage in table(load("params.yaml")) if stage.name != "report"]
+    stages = [stage for stage in table(load("params.yaml")) if stage.script not in SHOWING]
     found: set[str] = {first}
     made: set[str] = set()
     for stage in stages:

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 # check_params reads the whole file, so it stands in every set: any change of a value has to be checked.
 CHECK = {"check_params"}
 REPORT = CHECK | {"report"}
-CLM = REPORT | {"fine_tune_clm", "evaluate_clm"}
-DIFFUSION = REPORT | {"fine_tune_diffusion", "evaluate_diffusion"}
+CLM = REPORT | {"fine_tune_clm", "evaluate_clm", "sample_clm"}
+DIFFUSION = REPORT | {"fine_tune_diffusion", "evaluate_diffusion", "sample_diffusion"}
 EVALUATIONS = REPORT | {
     *("evaluate_stack_0", "evaluate_stack_1", "evaluate_fused", "evaluate_clm", "evaluate_diffusion")
 }
-FUSED = CLM | DIFFUSION | {"fuse", "evaluate_fused"}
+FUSED = CLM | DIFFUSION | {"fuse", "evaluate_fused", "sample_fused"}
 STACK_1 = FUSED | {"train_stack_1", "evaluate_stack_1"}
 TRUNK = STACK_1 | {"quantize_trunk_0", "cache_activations_1"}
 STACK_0 = TRUNK | {"train_stack_0", "evaluate_stack_0"}
@@ -44,12 +44,13 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("growth.window", 1, STACK_1),
     ("adapters.stack", {"rank": 2}, STACK_1),
     ("joint.lr", 2.0e-3, CHECK),
-    ("joint.share", 0.5, CLM | DIFFUSION | {"tune_jointly", "evaluate_fused"}),
+    ("joint.share", 0.5, CLM | DIFFUSION | {"tune_jointly", "evaluate_fused", "sample_fused"}),
     ("fine_tune.clm.lr", 2.0e-3, CLM),
     ("fine_tune.diffusion.steps", 9, DIFFUSION),
-    ("fine_tune.mlm", {"steps": 8, "batch_size": 4}, REPORT | {"fine_tune_mlm", "evaluate_mlm"}),
+    ("fine_tune.mlm", {"steps": 8, "batch_size": 4}, REPORT | {"fine_tune_mlm", "evaluate_mlm", "sample_mlm"}),
     ("evaluate.draws", 4, EVALUATIONS),
-    ("report.steps", 5, REPORT),
+    ("samples.steps", 5, REPORT | {"sample_fused", "sample_diffusion"}),
+    ("samples.top_k", 5, REPORT | {"sample_fused", "sample_clm", "sample_diffusion"}),
     ("checkpoint.every", 6, CHECK),
     ("activations.budget_gb", 49.0, CHECK),
     ("stacks", [{}, {}, {}], CHECK),

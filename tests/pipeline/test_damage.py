@@ -46,6 +46,7 @@ CONSUMERS = {
     "artifacts/activations/1": "train_stack_1",
     "artifacts/fused": "fine_tune_diffusion",
     "artifacts/finetuned/clm": "evaluate_clm",
+    "artifacts/samples/clm": "report",
 }
 """A stage that reads each kind of artifact. The report's only reader is Snakemake."""
 KINDS = [*CONSUMERS, "artifacts/report"]

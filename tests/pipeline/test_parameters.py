@@ -243,3 +243,45 @@ def test_parameter(case: Case, pipeline: Pipeline, record_property: Callable[[st
     expected = downstream(case.first) - set(case.spared) | added
     assert different == expected
     record_property(COVERED, f"{case.name:<60} {len(different):>2} of {len(after)} stages, from {case.first}")
+
+
+# --- samples
+
+CLM, UNMASKING = {"sample_clm"}, {"sample_fused", "sample_mlm"}
+SAMPLES: list[tuple[str, object, set[str], Changes]] = [
+    ("prompts", ["", "A"], CLM | UNMASKING, {}),
+    ("prompts", ["A", "B[MASK:2]"], UNMASKING, {"samples.prompts": ["A"]}),  # nothing for models that cannot fill in
+    ("number", 2, CLM | UNMASKING, {}),
+    ("new_tokens", 5, CLM | UNMASKING, {}),
+    ("temperature", 0.2, CLM | UNMASKING, {}),
+    ("top_k", 2, CLM | UNMASKING, {}),
+    ("top_p", 0.2, CLM | UNMASKING, {}),
+    ("stop", ["e", "a", " "], CLM | UNMASKING, {}),
+    ("ends", True, CLM | UNMASKING, {"samples.temperature": 5.0, "samples.number": 30}),
+    ("repetition_penalty", 5.0, CLM, {}),
+    ("sampler", "confidence", UNMASKING, {}),
+    ("steps", 16, UNMASKING, {}),
+    ("block", 4, UNMASKING, {}),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "expected", "base"), SAMPLES, ids=lambda value: str(value)[:20])
+def test_samples(
+    key: str,
+    value: object,
+    expected: set[str],
+    base: Changes,
+    pipeline: Pipeline,
+    record_property: Callable[[str, object], None],
+) -> None:
+    before = pipeline.run(base, leave_out=())
+    after = pipeline.run({**base, f"samples.{key}": value}, leave_out=())
+    assert {name for name in after if after[name] != before[name]} == expected | {"report"}
+    record_property(COVERED, f"{f'samples.{key}={value}':<60} {len(expected):>2} of {len(after)} stages")
+
+
+def test_samples_of_what_need_not_be_text_are_not_made(pipeline: Pipeline) -> None:
+    (case,) = (case for case in cases() if case.name == "custom")
+    made = pipeline.run(case.change, leave_out=())
+    assert "report" in made
+    assert not any(name.startswith("sample_") for name in made)

@@ -12,7 +12,7 @@ from stackwise.config.compute import Precision
 from stackwise.config.params import load
 from stackwise.errors import UserError
 from tests.conftest import COVERED
-from tests.pipeline.inprocess import Changes, Pipeline, project, written
+from tests.pipeline.inprocess import SHOWING, Changes, Pipeline, project, written
 
 COMMON: Changes = {
     "n_stacks": 2,
@@ -119,7 +119,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
 
 @pytest.mark.parametrize("case", [case for case in ALL if case.refusal is None], ids=str)
 def test_allowed(case: Case, pipeline: Pipeline, record_property: Callable[[str, object], None]) -> None:
-    made = pipeline.run(case.changes, leave_out=("report", "evaluate"))
+    made = pipeline.run(case.changes, leave_out=(*SHOWING, "evaluate"))
     trainings = [name for name in made if name.startswith("train_")]
     assert "fuse" in made
     record_property(COVERED, f"{case!s:<60} {len(trainings):>2} trainings")

@@ -343,15 +343,15 @@ class Pair(Predictor):
 
 @pytest.mark.parametrize("order", [Order("ancestral", 1), Order("ancestral", 2), Order("ancestral", 2, block=1)])
 def test_ancestral_has_the_right_joint_distribution(order: Order) -> None:
-    """Two tokens are revealed in the same step, and then independently, in one of `steps` cases; never in two blocks."""
-    drawn = torch.tensor(unmasked(Pair(), [[2, 2]] * 10000, order))
+    """Two tokens are revealed at once, and then independently, in one of `steps` cases; never in two blocks."""
+    drawn = torch.tensor(unmasked(Pair(), [[2, 2]] * 4000, order))
     counts = torch.bincount(drawn[:, 0] * 2 + drawn[:, 1], minlength=4)
     independent = torch.outer(Pair.joint.sum(1), Pair.joint.sum(0))
     at_once = 0.0 if order.block else 1 / order.steps
     expected = (1 - at_once) * Pair.joint + at_once * independent
     assert chi_square(counts, expected.flatten()) < 16.3
     if at_once < 1:
-        assert chi_square(counts, independent.flatten()) > 500
+        assert chi_square(counts, independent.flatten()) > 200
 
 
 class MarkovText(Predictor):
@@ -374,12 +374,12 @@ class MarkovText(Predictor):
         return (joint / joint.sum(-1, keepdim=True)).log()
 
 
-@pytest.mark.parametrize("order", [Order("ancestral", 64), Order("ancestral", 64, block=2)])
-@pytest.mark.parametrize("given", [None, 0, 1])
+@pytest.mark.parametrize("order", [Order("ancestral", 32), Order("ancestral", 32, block=2)])
+@pytest.mark.parametrize("given", [None, 1])
 def test_ancestral_has_the_marginals_of_a_markov_chain(order: Order, given: int | None) -> None:
     """Of all positions, with nothing given, or with the token in the middle; and those of the pairs of neighbours."""
     text = [3] * 5 if given is None else [3, 3, given, 3, 3]
-    drawn = torch.tensor(unmasked(MarkovText(), [text] * 4000, order))
+    drawn = torch.tensor(unmasked(MarkovText(), [text] * 1500, order))
     exact = {whole: float(MarkovText.first[whole[0]]) for whole in itertools.product(range(3), repeat=5)}
     for whole in exact:
         exact[whole] *= math.prod(float(Chain.transitions[a, b]) for a, b in itertools.pairwise(whole))
@@ -399,7 +399,7 @@ def test_ancestral_has_the_marginals_of_a_markov_chain(order: Order, given: int 
             ]
         )
         counts = torch.bincount(drawn[:, i] * 3 + drawn[:, i + 1], minlength=9)[pairs > 0]
-        assert chi_square(counts, pairs[pairs > 0]) < 45  # 8 degrees: 1 step in 64 reveals both at once
+        assert chi_square(counts, pairs[pairs > 0]) < 45  # 8 degrees: one step in 32 reveals both at once
 
 
 class Sure(Predictor):
@@ -760,6 +760,6 @@ def test_a_terminal_sees_the_masks_give_way(tokenizer: Any) -> None:
     masks = [frame.count("░") for frame in frames]
     assert masks == sorted(masks, reverse=True)
     assert out.getvalue().endswith(f"\033[1mab\033[0m{text[2:]}\n")
-    assert "░" not in (plain := Terminal()).getvalue()
+    plain = Terminal()
     show(tokenizer, plain, ["ab"], "diffusion", live=False)
     assert "░" not in plain.getvalue()
