@@ -88,13 +88,17 @@ def run(arguments: argparse.Namespace) -> None:
     from workflow.screen import Screen
 
     device = choose(ComputeParams(device=arguments.device), where="--device")
-    generator = TextGenerator.open(arguments.model, method=arguments.method, context=arguments.context, device=device)
     texts = [prompt for prompt in prompts for _ in range(arguments.samples)]
+    generator = TextGenerator.open(
+        arguments.model,
+        method=arguments.method,
+        context=arguments.context,
+        device=device,
+        batch_size=min(len(texts), arguments.batch_size),
+    )
     screen = None if arguments.json else Screen(sys.stdout, prompts=texts, live=not arguments.no_live)
     began, tokens = time.perf_counter(), 0
-    for i, text in enumerate(
-        generator.stream(texts, params, seed=arguments.seed, batch_size=arguments.batch_size, watcher=screen)
-    ):
+    for i, text in enumerate(generator.stream(texts, params, seed=arguments.seed, watcher=screen)):
         tokens += len(text.ids)
         if screen is None:
             print(json.dumps({**asdict(text), "text": text.text}, ensure_ascii=False), flush=True)

@@ -48,6 +48,7 @@ class DenseAttention(nn.Module):
         attention = params.attention
         self.n_heads = attention.n_heads
         self.n_kv_heads = attention.n_kv_heads or attention.n_heads
+        self._heads = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         self.head_dim = attention.head_dim or params.d_model // attention.n_heads
         self.dropout = attention.dropout
         self.rope = Rope.of(attention)
@@ -55,6 +56,8 @@ class DenseAttention(nn.Module):
         self.k_proj = nn.Linear(params.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(params.d_model, self.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, params.d_model, bias=False)
+        self.qkv_proj: nn.Module | None = None
+        """In place of the first three, one product for them all (`stackwise.generation.packing`)."""
         self.q_norm, self.k_norm = (
             RMSNorm(self.head_dim, params.norm_eps) if attention.qk_norm else None for _ in range(2)
         )
@@ -72,9 +75,11 @@ class DenseAttention(nn.Module):
         """Rotated queries `[batch, n_heads, seq, head_dim]`, rotated keys and values
         `[batch, n_kv_heads, seq, head_dim]` of the positions from `start` (see `rotary_table`)."""
         batch, seq, _ = x.shape
-        q = self.q_proj(x).view(batch, seq, self.n_heads, self.head_dim)
-        k = self.k_proj(x).view(batch, seq, self.n_kv_heads, self.head_dim)
-        v = self.v_proj(x).view(batch, seq, self.n_kv_heads, self.head_dim)
+        if self.qkv_proj is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            q, k, v = self.qkv_proj(x).split([h * self.head_dim for h in self._heads], dim=-1)
+        q, k, v = (part.view(batch, seq, h, self.head_dim) for part, h in zip((q, k, v), self._heads, strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = rotary_table(start, seq, self.head_dim, self.rope, x.device)

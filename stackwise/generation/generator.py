@@ -76,7 +76,13 @@ class TextGenerator:
     """A model that makes text."""
 
     def __init__(
-        self, rack: Rack, tokenizer: "PreTrainedTokenizerBase", *, method: Method, context: int | None = None
+        self,
+        rack: Rack,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        method: Method,
+        context: int | None = None,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         """
         Args:
@@ -84,11 +90,13 @@ class TextGenerator:
             tokenizer: its tokenizer.
             method: `causal`, from left to right, or `diffusion`, by unmasking.
             context: the most tokens of a text (None: no limit, and `new_tokens` must be given).
+            batch_size: texts at a time.
         """
         self.rack = rack.eval()
         self.tokenizer = tokenizer
         self.method: Method = method
         self.context = context
+        self.batch_size = batch_size
 
     @classmethod
     def open(
@@ -98,6 +106,7 @@ class TextGenerator:
         method: Method | None = None,
         context: int | None = None,
         device: str | torch.device = "cpu",
+        batch_size: int = BATCH_SIZE,
     ) -> "TextGenerator":
         """A fused or fine-tuned rack of the pipeline, every byte of it verified.
 
@@ -106,6 +115,7 @@ class TextGenerator:
             method: how to make text (None: as the model has learned it).
             context: the most tokens of a text (None: as long as the samples that it has learned from).
             device: computes.
+            batch_size: texts at a time. On a CPU the weights are laid out for so many.
 
         Raises:
             UserError: there is no such artifact, or it cannot make text in this way.
@@ -113,7 +123,7 @@ class TextGenerator:
         path = Path(directory)
         if not path.is_dir():
             raise UserError(f"{path}: no such directory; expected a rack, such as artifacts/fused")
-        return cls.of(read(path, KIND), method=method, context=context, device=device)
+        return cls.of(read(path, KIND), method=method, context=context, device=device, batch_size=batch_size)
 
     @classmethod
     def of(
@@ -123,6 +133,7 @@ class TextGenerator:
         method: Method | None = None,
         context: int | None = None,
         device: str | torch.device = "cpu",
+        batch_size: int = BATCH_SIZE,
     ) -> "TextGenerator":
         """The same of a rack that has been verified.
 
@@ -133,8 +144,12 @@ class TextGenerator:
         from transformers import AutoTokenizer  # takes a second or two
 
         tokenizer = AutoTokenizer.from_pretrained(path / TOKENIZER)
-        rack = packed(load_rack(path).to(device))
-        return cls(rack, tokenizer, method=found, context=context or artifact.facts.get("seq_len"))
+        rack = load_rack(path).to(device)
+        if found == "causal":
+            rack = packed(rack, batch_size)
+        return cls(
+            rack, tokenizer, method=found, context=context or artifact.facts.get("seq_len"), batch_size=batch_size
+        )
 
     @property
     def mask_id(self) -> int:
@@ -147,7 +162,6 @@ class TextGenerator:
         params: GenerationParams | None = None,
         *,
         seed: int = 0,
-        batch_size: int = BATCH_SIZE,
         watcher: Watcher | None = None,
     ) -> list[Generation]:
         """A text for each prompt; give one several times for several texts. See `stream`.
@@ -155,7 +169,7 @@ class TextGenerator:
         Raises:
             UserError: a prompt or a parameter does not fit the model.
         """
-        return list(self.stream(prompts, params, seed=seed, batch_size=batch_size, watcher=watcher))
+        return list(self.stream(prompts, params, seed=seed, watcher=watcher))
 
     def stream(
         self,
@@ -163,19 +177,17 @@ class TextGenerator:
         params: GenerationParams | None = None,
         *,
         seed: int = 0,
-        batch_size: int = BATCH_SIZE,
         watcher: Watcher | None = None,
     ) -> Iterator[Generation]:
         """The texts in order, as soon as their batch is done.
 
-        The chance in a text comes from the seed and its place in `prompts`, so that neither `batch_size` nor the other
-        prompts change it.
+        The chance in a text comes from the seed and its place in `prompts`, so that neither the other prompts nor the
+        size of a batch change it.
 
         Args:
             prompts: texts; `[MASK]` in them, or `[MASK:8]` for eight, is filled in by models that unmask.
             params: how.
             seed: of the chance.
-            batch_size: texts at a time.
             watcher: is told how they come about.
 
         Raises:
@@ -186,8 +198,8 @@ class TextGenerator:
         asked = read_prompts(list(prompts), self.tokenizer)
         counts = [self._new_tokens(i, prompt, params) for i, prompt in enumerate(asked)]
         make = self._continue if self.method == "causal" else self._unmask
-        for start in range(0, len(asked), batch_size):
-            part = slice(start, start + batch_size)
+        for start in range(0, len(asked), self.batch_size):
+            part = slice(start, start + self.batch_size)
             yield from make(start, asked[part], counts[part], params, seed, watcher)
 
     def _new_tokens(self, i: int, prompt: Prompt, params: GenerationParams) -> int:

@@ -28,10 +28,15 @@ class SwiGLU(nn.Module):
         else:
             self.gate_proj, self.up_proj = (nn.Linear(d_model, hidden, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(hidden, d_model, bias=False)
+        self.gate_up_proj: nn.Module | None = None
+        """In place of the first two, one product for both (`stackwise.generation.packing`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, seq, d_model]` -> `[batch, seq, d_model]`."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         if not torch.is_grad_enabled():  # the same numbers, without what the gradient takes
             return self.down_proj(F.silu(gate).mul_(up))
         return self.down_proj(_Gate.apply(gate, up))

@@ -135,6 +135,8 @@ class Head(nn.Module):
         self._tied_to = (tied_to,)  # in a tuple, so that the embeddings are not registered as a part of the head
         hidden = params.head.adapter_hidden
         self.adapter = Adapter(params.d_model, hidden, width or params.d_model) if hidden else None
+        self.packed: nn.Module | None = None
+        """The projection in another layout (`stackwise.generation.packing`)."""
         if tied_to is None:
             self.projection = nn.Linear(width or params.d_model, vocab_size, bias=False)
 
@@ -157,7 +159,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits `[..., vocab_size]` of a residual stream `[..., d_model]`. Training never makes them all: see
         `stackwise.objectives.loss`."""
-        return F.linear(self.features(x), self.weight)
+        rows = self.features(x)
+        return F.linear(rows, self.weight) if self.packed is None else self.packed(rows)
 
 
 class Rack(nn.Module):

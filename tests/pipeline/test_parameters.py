@@ -256,7 +256,7 @@ SAMPLES: list[tuple[str, object, set[str], Changes]] = [
     ("temperature", 0.2, CLM | UNMASKING, {}),
     ("top_k", 2, CLM | UNMASKING, {}),
     ("top_p", 0.2, CLM | UNMASKING, {}),
-    ("stop", ["e", "a", " "], CLM | UNMASKING, {}),
+    ("stop", [*"abcdefghijklmnopqrstuvwxyz .,"], CLM | UNMASKING, {}),
     ("ends", True, CLM | UNMASKING, {"samples.temperature": 5.0, "samples.number": 30}),
     ("repetition_penalty", 5.0, CLM, {}),
     ("sampler", "confidence", UNMASKING, {}),

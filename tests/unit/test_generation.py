@@ -20,7 +20,7 @@ from stackwise.generation.choosing import Choice, penalized
 from stackwise.generation.decoding import continue_texts
 from stackwise.generation.draws import draws_of_text
 from stackwise.generation.generator import Piece, TextGenerator
-from stackwise.generation.packing import PackedLinear, packed
+from stackwise.generation.packing import PackedLinear, TransposedLinear, packed
 from stackwise.generation.prompts import read_prompts
 from stackwise.generation.streaming import TextStream
 from stackwise.generation.unmasking import Order, unmask
@@ -507,11 +507,14 @@ def test_text_behind_an_end_sees_nothing_before_it() -> None:
 # --- layout
 
 
+@pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_packed_weights_are_the_same_map(variant: str) -> None:
+def test_packed_weights_are_the_same_map(variant: str, rows: int) -> None:
     plain, other = (new_rack(**VARIANTS[variant]).float() for _ in range(2))
-    packed(other)
-    assert any(isinstance(part, PackedLinear) for part in other.modules())
+    packed(other, rows)
+    assert isinstance(other.head.packed, PackedLinear if rows > 1 else TransposedLinear)
+    left = {name.split(".")[-1] for name, part in other.named_modules() if type(part) is torch.nn.Linear}
+    assert left <= {"projection", "kv_b_proj", "hidden", "output"}
     for shape in ((1, 1), (3, 7)):
         tokens = torch.randint(0, VOCAB + 1, shape, generator=torch.Generator().manual_seed(1))
         with torch.inference_mode():
@@ -522,7 +525,7 @@ def test_packed_weights_are_the_same_map(variant: str) -> None:
 
 
 def test_other_formats_are_left_as_they_are() -> None:
-    assert not any(isinstance(part, PackedLinear) for part in packed(new_rack()).modules())
+    assert packed(new_rack(), 16).head.packed is None
 
 
 # --- text
@@ -609,7 +612,7 @@ def test_texts_depend_on_the_seed_and_their_place_alone(tokenizer: Any, method: 
     whole = generator(tokenizer, method).generate(prompts, params, seed=4)
     assert [text.prompt for text in whole] == prompts
     for size in (1, 3):
-        assert generator(tokenizer, method).generate(prompts, params, seed=4, batch_size=size) == whole
+        assert generator(tokenizer, method, batch_size=size).generate(prompts, params, seed=4) == whole
     assert generator(tokenizer, method).generate(prompts[:3], params, seed=4) == whole[:3]
     assert whole[0].made != whole[3].made
     assert generator(tokenizer, method).generate(prompts, params, seed=5) != whole
