@@ -59,7 +59,7 @@ def build(options: argparse.Namespace) -> tuple[Rack, Any]:
         "model.norm.weight": rack.head.norm.weight,
         "lm_head.weight": rack.head.weight,
     }
-    for name, weight in rack.stacks[0].blocks.state_dict().items():
+    for name, weight in rack.stacks[0].get_submodule("blocks").state_dict().items():
         for ours, theirs in (
             ("attention_norm", "input_layernorm"),
             ("mlp_norm", "post_attention_layernorm"),

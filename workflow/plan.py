@@ -120,6 +120,8 @@ class _Planner:
                 yield self._tuning(f"fine_tune_{branch}", own.steps, own.batch_size)
         for name in ("fused", *(b for b in FineTuneParams.model_fields if getattr(self._params.fine_tune, b))):
             yield self._reading(f"evaluate_{name}", everything)
+            if not (name == "fused" and self._params.objective.type == "custom"):
+                yield self._writing(name, everything)
 
     def _training(self, phase: Phase) -> StageCost:
         own, accumulate = self._params.stack_params(phase.stack), self._params.optimizer.accumulate
@@ -230,6 +232,17 @@ class _Planner:
         head = 2 * params.model.d_model * self._corpus.vocab_size * seq
         flops = own.samples * round(len(shares) * one + sum(shares) * head)
         return StageCost(name, frozen={"full": number}, device=4 * number, host=PROCESS + 4 * number, flops=flops)
+
+    def _writing(self, name: str, stacks: Iterable[int]) -> StageCost:
+        """A whole rack in fp32 that writes texts: each takes a pass a step, or one in all from left to right."""
+        params, own = self._params, self._params.samples
+        number = self._ends + sum(map(self._weights, stacks))
+        learned = params.objective.type if name == "fused" else name
+        passes = 1 if learned == "clm" else min(own.steps, params.seq_len)
+        one = sum(map(self._predicting, stacks)) + 2 * params.model.d_model * self._corpus.vocab_size * params.seq_len
+        flops = own.number * len(own.prompts) * passes * one
+        host = PROCESS + 4 * number
+        return StageCost(f"sample_{name}", frozen={"full": number}, device=4 * number, host=host, flops=flops)
 
     def _count(self, k: int) -> int:
         """Weights of a stack."""

@@ -144,12 +144,9 @@ class TextGenerator:
         from transformers import AutoTokenizer  # takes a second or two
 
         tokenizer = AutoTokenizer.from_pretrained(path / TOKENIZER)
-        rack = load_rack(path).to(device)
-        if found == "causal":
-            rack = packed(rack, batch_size)
-        return cls(
-            rack, tokenizer, method=found, context=context or artifact.facts.get("seq_len"), batch_size=batch_size
-        )
+        # A decoding step is a position of each text, a step of unmasking all of them.
+        rack = packed(load_rack(path).to(device), batch_size * (1 if found == "causal" else artifact.facts["seq_len"]))
+        return cls(rack, tokenizer, method=found, context=context or artifact.facts["seq_len"], batch_size=batch_size)
 
     @property
     def mask_id(self) -> int:

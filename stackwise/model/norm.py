@@ -27,11 +27,11 @@ class RMSNorm(nn.RMSNorm):
         return _Normalize.apply(x, self.weight, self.eps)
 
 
-def _normalized(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _normalized(x: Tensor, weight: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
     """`x` `[..., dim]` normalised, and the factors `[..., 1]` that it took."""
     exact = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    scale = norm.square_().div_(x.shape[-1]).add_(eps or 0.0).rsqrt_()
     return (x * scale).mul_(weight).to(x.dtype), scale
 
 
