@@ -92,6 +92,8 @@ class Events:
         self.datasets: list[DatasetInput] = []
         self.of_pipeline: list[Metric] = []
         """Metrics that the parent shows."""
+        self.texts: dict[str, str] = {}
+        """By the file that each becomes."""
         self.end: dict[str, Any] | None = None
 
     def add(self, event: dict[str, Any]) -> None:
@@ -116,6 +118,8 @@ class Events:
             case "result":
                 self.metrics += _metrics(event, 0)
                 self.of_pipeline += [metric for metric in _metrics(event, 0) if "." in metric.key]
+            case "text":
+                self.texts[event["file"]] = event["text"]
             case "end":
                 self.tags["status"] = event["status"]
                 facts = {"duration_seconds": event["seconds"], "peak_memory_bytes": event.get("peak_memory")}
@@ -347,6 +351,8 @@ class Execution:
         experiment.log(pipeline.run_id, metrics=events.of_pipeline)
         if events.datasets:
             experiment.client.log_inputs(self.progress.run, events.datasets)
+        for file, text in events.texts.items():
+            experiment.client.log_text(self.progress.run, text, file)
         self.progress.save(self.record)
 
     def _watch_machine(self, *, resumed: bool) -> None:

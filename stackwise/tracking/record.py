@@ -34,6 +34,7 @@ class Record:
         depth: stack, values {name: number}: a point of curves over the depth of the rack.
         result: values {name: number}; of the whole stage. A name with a dot is `<model>.<measure>`, such as
             `fused.nelbo_bits_per_byte`: measured on a model, and therefore shown for the whole pipeline too.
+        text: file, text: something to read, as a file of the run.
         end: status (finished | failed), seconds, peak_memory (bytes), modules (of this project, that were
             imported).
     """

@@ -168,6 +168,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         train.add("metrics", step=7, values={"validation": 2.5, "lr": None, "grad_norm": float("nan")})
         train.add("output", role="stack", path="artifacts/stack_1", kind="stack", digest=digest_json("out"))
         train.add("result", values={"tokens_per_second": 1e4})
+        train.add("text", file="samples.txt", text="Once\nupon a time \u20ac\n")
         train.close("finished", peak_memory=12345, modules=["stackwise"])
         for k in range(3):
             evaluate = Record(f"evaluate_{k}", facts(stack=k), follow=True)
@@ -221,6 +222,11 @@ def test_child_has_its_dataset(store: Store) -> None:
     assert json.loads(found.dataset.source) == {"uri": "artifacts/tokens"}
 
 
+def test_child_has_its_texts(store: Store, tmp_path: Path) -> None:
+    found = store.client.download_artifacts(store.child("train").info.run_id, "samples.txt", str(tmp_path))
+    assert Path(found).read_text() == "Once\nupon a time \u20ac\n"
+
+
 def test_runs_nest_one_deep_with_one_parent_for_each_configuration(store: Store) -> None:
     assert len(store.children) == 7
     assert len(store.parents) == 3
@@ -257,7 +263,7 @@ def test_statuses(store: Store) -> None:
 
 
 def test_followed_project_holds_nothing_surprising(pipelines: Path) -> None:
-    assert {path.name for path in pipelines.iterdir()} == {".stackwise", "mlflow.db"}
+    assert {path.name for path in pipelines.iterdir()} == {".stackwise", "mlflow.db", "mlruns"}
     assert (pipelines / RECORDS / FOLLOWER_LOG).read_text() == ""
 
 

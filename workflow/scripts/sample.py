@@ -42,6 +42,7 @@ def work(run: StageRun) -> None:
     )
     for text in texts:
         run.say(repr(text.text if len(text.text) <= 100 else f"{text.text[:97]}..."))
+    run.record.add("text", file="samples.txt", text="\n\n".join(text.text for text in texts) + "\n")
     with run.publish(args.out, KIND) as draft:
         lines = (json.dumps(asdict(text), ensure_ascii=False) + "\n" for text in texts)
         (draft.directory / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
