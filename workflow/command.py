@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from stackwise.errors import UserError
-from workflow import plan
+from workflow import export, importing, plan
 
 
 def main() -> None:
@@ -14,6 +14,12 @@ def main() -> None:
     planning = commands.add_parser("plan", help="what the pipeline will take: weights, memory, cache, operations, time")
     plan.declare(planning)
     planning.set_defaults(run=plan.run)
+    exporting = commands.add_parser("export", help="a rack as a model that Transformers loads")
+    export.declare(exporting)
+    exporting.set_defaults(run=export.run)
+    bringing = commands.add_parser("import", help="a model of Transformers as a rack")
+    importing.declare(bringing)
+    bringing.set_defaults(run=importing.run)
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)

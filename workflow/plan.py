@@ -181,7 +181,7 @@ class _Planner:
         limited = (params.activations.variants_at_once or variants) < variants
         through = below if limited or self._from_tokens(phase) else below[-1:]
         # Rows are computed 32 at a time, or fewer where they are long.
-        sizes = Sizes(batch=1, seq=params.seq_len, rows=0, causal=params.objective.causal)
+        sizes = Sizes(batch=1, seq=params.seq_len, rows=0, causal=params.objective.is_causal)
         compute = params.trunk.compute or params.compute.dtype
         passes = [_cost_of_pass(self._frozen(k), sizes, compute, self._device) for k in through]
         one = max(cost.peak for cost in passes)

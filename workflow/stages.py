@@ -71,6 +71,8 @@ EVALUATION = (
 )
 SAMPLING = (*RACKS, *TOKENS, *DEVICE, "stackwise/inference/sampling.py")
 DETERMINISM = ("compute.device", "compute.deterministic")
+LEARNED = ("objective.type", "objective.causal")
+"""What tells how a pretrained rack is asked."""
 """Parameters that every stage reads that computes with torch."""
 
 NEUTRAL = (
@@ -397,8 +399,8 @@ def _model_stages(params: Params) -> Iterator[Stage]:
         inputs=(*_path_arguments(rack), tokens),
         outputs=(model,),
         params=(
-            "adapters.merge",
-            *(("model.time", "objective", *_mask_rate_keys(params, 0)) if unrolls else ()),
+            *("adapters.merge", "seq_len"),
+            *(("model.time", "objective", *_mask_rate_keys(params, 0)) if unrolls else LEARNED),
         ),
         sources=(*FUSING, *DEPTH, *TOKENS, *adapters, *architectures),
     )
@@ -482,7 +484,7 @@ def _evaluation(
 ) -> Stage:
     out = f"metrics/{name}.json"
     # A fine-tuned model is measured on what it has learned, which its name says.
-    objective = () if name in FineTuneParams.model_fields else ("objective.type", "objective.causal")
+    objective = () if name in FineTuneParams.model_fields else LEARNED
     return Stage(
         name=f"evaluate_{name}",
         script="evaluate",

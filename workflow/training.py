@@ -51,4 +51,5 @@ def tune_rack(
     with run.publish(run.arguments.out, KIND) as draft:
         save_rack(draft.directory, rack, tokens.tokenizer)
         draft.facts |= {"shape": rack.shape.to_json(), "steps": steps}
+        draft.facts |= {"objective": objective.type, "causal": objective.is_causal, "seq_len": run.params.seq_len}
     finish(run, losses, checkpoints)

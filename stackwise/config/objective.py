@@ -91,6 +91,11 @@ class ObjectiveParams(Section):
         return found
 
     @property
+    def is_causal(self) -> bool:
+        """Whether a position only looks back, be it because the type says so."""
+        return self.type == "clm" or self.causal
+
+    @property
     def by_training(self) -> bool:
         """Whether the mask rate follows training."""
         return self.schedule is not None and self.schedule_over == "training"

@@ -184,6 +184,9 @@ class GrowthRun:
                 "shape": rack.shape.to_json(),
                 "parameters": sum(p.numel() for p in rack.parameters()),
                 "steps": trainings[-1].artifact.facts["steps_in_all"],
+                "objective": self.params.objective.type,
+                "causal": self.params.objective.is_causal,
+                "seq_len": self.params.seq_len,
             }
 
         inputs = {**_numbered("training", (t.artifact for t in trainings)), "tokens": tokens}

@@ -51,6 +51,9 @@ def work(run: StageRun) -> None:
             "shape": rack.shape.to_json(),
             "parameters": sum(p.numel() for p in rack.parameters()),
             "steps": trainings[-1].artifact.facts["steps_in_all"],
+            "objective": params.objective.type,
+            "causal": params.objective.is_causal,
+            "seq_len": params.seq_len,
         }
     run.say(f"{len(args.order)} stacks, {draft.facts['parameters']:,} parameters")
 
