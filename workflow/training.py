@@ -6,7 +6,7 @@ from stackwise.artifacts.manifest import Artifact
 from stackwise.config.objective import ObjectiveParams
 from stackwise.data.tokens import Tokens
 from stackwise.growth import tuning
-from stackwise.growth.racks import KIND, load_rack, save_rack
+from stackwise.growth.racks import KIND, facts_of, load_rack, save_rack
 from stackwise.training.checkpoint import Checkpoints
 from workflow.stage import StageRun, TrainingWatcher
 
@@ -50,6 +50,6 @@ def tune_rack(
     )
     with run.publish(run.arguments.out, KIND) as draft:
         save_rack(draft.directory, rack, tokens.tokenizer)
-        draft.facts |= {"shape": rack.shape.to_json(), "steps": steps}
-        draft.facts |= {"objective": objective.type, "causal": objective.is_causal, "seq_len": run.params.seq_len}
+        known = facts_of(rack, objective=objective.type, causal=objective.looks_back, seq_len=run.params.seq_len)
+        draft.facts |= {**known, "steps": steps}
     finish(run, losses, checkpoints)

@@ -91,8 +91,8 @@ class ObjectiveParams(Section):
         return found
 
     @property
-    def is_causal(self) -> bool:
-        """Whether a position only looks back, be it because the type says so."""
+    def looks_back(self) -> bool:
+        """Whether a position sees only itself and those before it."""
         return self.type == "clm" or self.causal
 
     @property

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -29,6 +30,18 @@ def save_rack(directory: Path, rack: Rack, tokenizer: Path) -> None:
     save_file(weights, directory / WEIGHTS)
     shutil.copytree(tokenizer, directory / TOKENIZER)
     (directory / SHAPE).write_text(json.dumps(rack.shape.to_json(), indent=1, sort_keys=True) + "\n")
+
+
+def facts_of(rack: Rack, *, objective: str, causal: bool, seq_len: int) -> dict[str, Any]:
+    """What a rack's manifest says of it.
+
+    Args:
+        rack: the model.
+        objective: what it has learned: `clm`, `mlm`, `diffusion` or `custom`.
+        causal: whether its positions see only those before them.
+        seq_len: length of the samples that it has learned from (tokens).
+    """
+    return {"shape": rack.shape.to_json(), "objective": objective, "causal": causal, "seq_len": seq_len}
 
 
 def load_rack(directory: Path) -> Rack:

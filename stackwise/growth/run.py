@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from stackwise.growth.fusing import fuse
 from stackwise.growth.needs import made_from, needs_of
 from stackwise.growth.phases import Phase, Version, phases
 from stackwise.growth.racks import KIND as RACK
-from stackwise.growth.racks import save_rack
+from stackwise.growth.racks import facts_of, save_rack
 from stackwise.growth.stacks import KIND, Training
 from stackwise.growth.training import PhaseInputs, boundary_source, train_phase
 from stackwise.growth.trunk import AdaptedStack, adapted_stacks, trunk_of
 from stackwise.growth.tuning import loss_curve
+from stackwise.huggingface.importing import import_stacks
 from stackwise.model.rack import Rack
 from stackwise.precision.trunk import KIND as TRUNK
 from stackwise.precision.trunk import TrunkStack, quantize_stack
@@ -76,7 +78,7 @@ class GrowthRun:
         corpus = self._made("artifacts/corpus", CORPUS, {}, corpus_into)
         tokenizer = params.tokenizer
         if tokenizer.takes_along:
-            source = params.model.embeddings.source or params.model.head.source
+            source = params.growth.start or params.model.embeddings.source or params.model.head.source
             tokenizer = tokenizer.model_copy(update={"name": source})
         write = write_labelled_dataset if corpus.facts.get("labelled") else write_token_dataset
         return self._made(
@@ -122,6 +124,8 @@ class GrowthRun:
         Raises:
             UserError: an earlier one has not been trained; or see `train_phase`.
         """
+        if phase.imported:
+            return self._imported(phase)
         given = self.inputs(phase)
         roles = _roles(given)
         key = {
@@ -142,6 +146,13 @@ class GrowthRun:
         training = Training(self._made(phase.path, KIND, roles, train_into))
         checkpoints.discard()
         return training
+
+    def _imported(self, phase: Phase) -> Training:
+        """The stacks of the model that growth starts with."""
+        tokens = self.tokens()
+        vocab_size = int(tokens.facts["vocab_size"])
+        write = partial(import_stacks, self.params, vocab_size=vocab_size)
+        return Training(self._made(phase.path, KIND, {"tokens": tokens}, write))
 
     def trunk(self, version: Version) -> TrunkStack:
         """A stack as frozen ground for others."""
@@ -175,18 +186,15 @@ class GrowthRun:
             UserError: a phase has not been trained.
         """
         trainings, trunk, order = self.parts()
-        tokens = self.tokens()
+        tokens, learned = self.tokens(), self.params.objective
 
         def fuse_into(directory: Path) -> dict[str, Any]:
             rack = rack_of(self.params, trainings, trunk, order, merged=self.params.adapters.merge)
             save_rack(directory, rack, tokens.path / TOKENIZER)
             return {
-                "shape": rack.shape.to_json(),
+                **facts_of(rack, objective=learned.type, causal=learned.looks_back, seq_len=self.params.seq_len),
                 "parameters": sum(p.numel() for p in rack.parameters()),
                 "steps": trainings[-1].artifact.facts["steps_in_all"],
-                "objective": self.params.objective.type,
-                "causal": self.params.objective.is_causal,
-                "seq_len": self.params.seq_len,
             }
 
         inputs = {**_numbered("training", (t.artifact for t in trainings)), "tokens": tokens}

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 
-class StackWiseConfig(PretrainedConfig):  # type: ignore[misc]
+class StackWiseConfig(PretrainedConfig):
     """What `config.json` says of a rack."""
 
     model_type = "stackwise"

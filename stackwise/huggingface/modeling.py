@@ -19,7 +19,7 @@ from stackwise.model.parts import DecodingCache
 from stackwise.model.rack import Rack, RackShape
 
 
-class StackWisePreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class StackWisePreTrainedModel(PreTrainedModel):
     """A rack with its weights."""
 
     config_class = StackWiseConfig
@@ -62,7 +62,7 @@ class StackWiseForMaskedLM(StackWisePreTrainedModel):
         entry: int = 0,
         return_dict: bool | None = None,
         **_: Any,
-    ) -> MaskedLMOutput:
+    ) -> MaskedLMOutput | tuple[Any, ...]:
         """Predict.
 
         Args:
@@ -84,7 +84,7 @@ class StackWiseForMaskedLM(StackWisePreTrainedModel):
         return found.to_tuple() if return_dict is False else found
 
 
-class RackCache(Cache):  # type: ignore[misc]
+class RackCache(Cache):
     """What all blocks keep of the positions they have seen."""
 
     def __init__(self, blocks: list[list[DecodingCache]]) -> None:
@@ -104,7 +104,7 @@ class RackCache(Cache):  # type: ignore[misc]
         raise NotImplementedError("beam search on this model: give use_cache=False")
 
 
-class StackWiseForCausalLM(StackWisePreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class StackWiseForCausalLM(StackWisePreTrainedModel, GenerationMixin):
     """Causal: predicts the next token. `generate` keeps the decoding cache of the model's own attention."""
 
     def forward(
@@ -117,7 +117,7 @@ class StackWiseForCausalLM(StackWisePreTrainedModel, GenerationMixin):  # type: 
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         **_: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Predict.
 
         Args:
@@ -141,15 +141,16 @@ class StackWiseForCausalLM(StackWisePreTrainedModel, GenerationMixin):  # type: 
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, length: int
-    ) -> None:
+    ) -> bool:
         """`generate` asks for a cache of `length` positions."""
         if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
-            return
+            return False
         if generation_config.num_beams > 1:
             model_kwargs["use_cache"] = generation_config.use_cache = False
-            return
+            return False
         batch = batch_size * generation_config.num_return_sequences
         model_kwargs["past_key_values"] = RackCache(self.rack.new_cache(batch, length))
+        return True
 
 
 def _segments(attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:

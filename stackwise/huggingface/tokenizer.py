@@ -1,5 +1,5 @@
-"""The tokenizer of a rack beside its model in Transformers: whole for a model that sees masks, without the mask token for
-one that does not."""
+"""The tokenizer of a rack beside its model in Transformers: whole for a model that sees masks, for one that does not
+without the mask token."""
 
 import json
 import shutil

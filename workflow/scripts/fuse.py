@@ -15,7 +15,7 @@ from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import TOKENIZER
 from stackwise.growth.depth import fraction_of_stack
 from stackwise.growth.fusing import fuse
-from stackwise.growth.racks import KIND, save_rack
+from stackwise.growth.racks import KIND, facts_of, save_rack
 from stackwise.growth.stacks import KIND as STACK
 from stackwise.growth.stacks import Training
 from stackwise.growth.trunk import adapted_stacks
@@ -45,15 +45,13 @@ def work(run: StageRun) -> None:
     times = (fraction_of_stack(params, k, params.model.time) for k in args.order) if args.depth_as_time else ()
     entries = [t for t in times if t is not None]
     rack = fuse(trainings, args.order, adapted_stacks(trunk, trainings), merged=params.adapters.merge, entries=entries)
+    learned = params.objective
     with run.publish(args.out, KIND) as draft:
         save_rack(draft.directory, rack, tokens.path / TOKENIZER)
         draft.facts |= {
-            "shape": rack.shape.to_json(),
+            **facts_of(rack, objective=learned.type, causal=learned.looks_back, seq_len=params.seq_len),
             "parameters": sum(p.numel() for p in rack.parameters()),
             "steps": trainings[-1].artifact.facts["steps_in_all"],
-            "objective": params.objective.type,
-            "causal": params.objective.is_causal,
-            "seq_len": params.seq_len,
         }
     run.say(f"{len(args.order)} stacks, {draft.facts['parameters']:,} parameters")
 
