@@ -16,6 +16,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
+def adapted_projections(source: Path) -> set[str]:
+    """The names of the projections that have adapters, such as `q_proj`; see `write_adapters`."""
+    configs = [json.loads((part / CONFIG).read_text(encoding="utf-8")) for part in source.glob("*/*")]
+    return {name for config in configs for name in config["target_modules"]}
+
+
 def write_adapters(source: Path, directory: Path, rename: Callable[[str], str]) -> tuple[str, ...]:
     """Write the adapters of a rack.
 

@@ -88,7 +88,7 @@ class Card:
             f"from transformers import {self.auto_class}, AutoTokenizer",
             "",
             f'model = {self.auto_class}.from_pretrained("path/to/this/directory"{trust})',
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+            f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory"{trust})',
         ]
         if self.adapters:
             lines += ["", "from peft import PeftModel", ""]

@@ -13,7 +13,7 @@ from stackwise.artifacts.manifest import MANIFEST, Artifact
 from stackwise.errors import UserError
 from stackwise.growth.racks import ADAPTERS, SHAPE, TOKENIZER, WEIGHTS
 from stackwise.huggingface import native, shipped
-from stackwise.huggingface.adapters import write_adapters
+from stackwise.huggingface.adapters import adapted_projections, write_adapters
 from stackwise.huggingface.card import Card
 from stackwise.huggingface.tensors import read_tensors, write_tensors
 from stackwise.huggingface.tokenizer import SpecialTokens, write_tokenizer
@@ -70,7 +70,10 @@ def export_rack(
     facts = artifact.facts
     shape = RackShape.from_json(json.loads((artifact.path / SHAPE).read_text()))
     causal, length, imported = bool(facts["causal"]), int(facts["seq_len"]), facts.get("imported")
-    reasons = tuple(native.obstacles(shape)) if causal else (f"bidirectional attention ({facts['objective']})",)
+    adapted = adapted_projections(artifact.path / ADAPTERS)
+    reasons = (
+        tuple(native.obstacles(shape, adapted)) if causal else (f"bidirectional attention ({facts['objective']})",)
+    )
     dtype = dtype or (imported["dtype"] if imported else "fp32")
     tokens = write_tokenizer(
         artifact.path / TOKENIZER,

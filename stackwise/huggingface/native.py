@@ -42,8 +42,13 @@ _ENDS = {
 }
 
 
-def obstacles(shape: RackShape) -> list[str]:
-    """What of a rack no class of Transformers computes, each with its parameter; none: it has one."""
+def obstacles(shape: RackShape, adapted: Iterable[str] = ()) -> list[str]:
+    """What of a rack no class of Transformers computes, each with its parameter; none: it has one.
+
+    Args:
+        shape: of the rack.
+        adapted: the names of the projections that have adapters, such as `q_proj`.
+    """
     model, first = shape.model, shape.stack_model(0)
     attention, found = first.attention, []
     kinds = {s.attention.type for s in shape.stacks} - {"standard", "gqa", "mla"}
@@ -58,6 +63,8 @@ def obstacles(shape: RackShape) -> list[str]:
             found.append(f"model.{key}.adapter_hidden")
     if attention.type == "mla" and model.norm_eps != LATENT_EPS:
         found.append(f"model.norm_eps {model.norm_eps:g} with attention mla, whose latents have {LATENT_EPS:g} there")
+    if attention.type == "mla" and {"gate_proj", "up_proj", "down_proj"} & set(adapted):
+        found.append("adapters of mlp with attention mla, which PEFT takes for those of experts")
     if attention.type in ("standard", "gqa") and not attention.qk_norm and model.d_model % attention.n_heads:
         found.append("model.attention.head_dim with n_heads that are no divisor of model.d_model")
     return found
