@@ -63,7 +63,4 @@ def _as_params(checkpoint: Checkpoint, blocks: list[int]) -> str:
         "stacks": stacks,
         "growth": {"start": str(checkpoint.directory), "start_stacks": len(blocks)},
     }
-    return "\n".join(
-        yaml.safe_dump({key: value}, default_flow_style=key != "model" and None, sort_keys=False).strip()
-        for key, value in tree.items()
-    )
+    return yaml.safe_dump(tree, default_flow_style=None, sort_keys=False, width=120)

@@ -3,19 +3,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from stackwise.artifacts.manifest import read
 from stackwise.config.growth import LoRAParams
 from stackwise.config.model import AttentionParams
 from stackwise.errors import UserError
+from stackwise.growth.init import initialize
 from stackwise.growth.racks import load_rack
 from stackwise.huggingface.exporting import KIND
 from stackwise.huggingface.tensors import read_tensors, write_tensors
@@ -43,6 +46,14 @@ def _own_modules_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     """Transformers copies the code that it loads; not into the user's directory."""
     modules = str(tmp_path_factory.getbasetemp() / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+
+
+def load(directory: Path, kind: str = "CausalLM", *, trust: bool = False) -> Any:
+    """A model in which every weight was found, and no other."""
+    auto: Any = getattr(transformers, f"AutoModelFor{kind}")
+    model, loading = auto.from_pretrained(directory, trust_remote_code=trust, output_loading_info=True, dtype="auto")
+    assert not any(loading.values()), loading
+    return model.eval()
 
 
 def logits_of(model: Any, tokens: Tensor, **arguments: Any) -> Tensor:
@@ -76,11 +87,10 @@ def test_a_causal_rack_is_a_model_of_transformers(name: str, tmp_path: Path) -> 
     done = exported(saved(rack, tmp_path), tmp_path / "out")
     assert (done.architecture, done.reasons) == (expected, ())
     assert not list((tmp_path / "out").glob("*.py"))
-    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model = load(tmp_path / "out")
     assert type(model).__name__ == expected
-    assert not any(loading.values()), loading
     assert model.config.vocab_size == VOCAB
-    check_causal(rack, model.eval())
+    check_causal(rack, model)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -89,12 +99,9 @@ def test_another_causal_rack_brings_its_code(name: str, tmp_path: Path) -> None:
     rack = build(params)
     done = exported(saved(rack, tmp_path), tmp_path / "out")
     assert any(reason in found for found in done.reasons)
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", trust_remote_code=True, output_loading_info=True
-    )
-    assert not any(loading.values()), loading
+    model = load(tmp_path / "out", trust=True)
     assert type(model).__name__ == "StackWiseForCausalLM"
-    check_causal(rack, model.eval(), padded=params.attention.type not in ("kernel", "mlgka"))
+    check_causal(rack, model, padded=params.attention.type not in ("kernel", "mlgka"))
 
 
 @pytest.mark.parametrize("name", ["gqa-tied-llama3", "mla", "kernel", "timed", "moe-frozen"])
@@ -102,7 +109,7 @@ def test_a_bidirectional_rack_is_a_masked_lm(name: str, tmp_path: Path) -> None:
     _, params = (NATIVE | OWN)[name]
     rack = build(params)
     exported(saved(rack, tmp_path, objective="diffusion"), tmp_path / "out")
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    model = load(tmp_path / "out", "MaskedLM", trust=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert model.config.vocab_size == len(tokenizer) == VOCAB + 1
     assert model.config.mask_token_id == tokenizer.mask_token_id == VOCAB
@@ -128,14 +135,12 @@ def test_stacks_of_different_architectures_bring_their_code(tmp_path: Path) -> N
     params = model_of({})
     rack = build(params)
     other = StackShape(1, AttentionParams(n_heads=2), params.mlp)
-    shape = type(rack.shape)(
-        rack.shape.model, (*rack.shape.stacks, other), rack.shape.vocab_size, *rack.shape.widths.values()
-    )
-    mixed = Rack(shape)
-    mixed.load_state_dict({**build(params).state_dict(), **{k: v for k, v in mixed.state_dict().items() if ".2." in k}})
+    mixed = Rack(replace(rack.shape, stacks=(*rack.shape.stacks, other)))
+    initialize(mixed, name="mixed", seed=0)
+    mixed.load_state_dict(rack.state_dict(), strict=False)
     done = exported(saved(mixed.eval(), tmp_path), tmp_path / "out")
     assert "stacks of different architectures" in done.reasons[0]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    model = load(tmp_path / "out", trust=True)
     check_causal(mixed, model)
 
 
@@ -223,14 +228,14 @@ def test_adapters_stay_adapters(name: str, tmp_path: Path) -> None:
     merged = load_rack(artifact.path).eval()
     done = exported(artifact, tmp_path / "out")
     assert done.adapters == ("adapters/stack", "adapters/trunk")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    model = PeftModel.from_pretrained(base, tmp_path / "out/adapters/stack", adapter_name="stack")
+    base = load(tmp_path / "out", trust=True)
+    model: Any = PeftModel.from_pretrained(base, tmp_path / "out/adapters/stack", adapter_name="stack")
     model.load_adapter(tmp_path / "out/adapters/trunk", adapter_name="trunk")
     model.base_model.set_adapter(["stack", "trunk"])
     tokens = some_tokens()
     with torch.inference_mode():
         ours = merged.logits(tokens, causal=True)
-        unadapted = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True), tokens)
+        unadapted = logits_of(load(tmp_path / "out", trust=True), tokens)
     # Merged or beside each other, sums are rounded in another order.
     torch.testing.assert_close(logits_of(model.eval(), tokens), ours, rtol=0.0, atol=1e-4)
     assert (unadapted - ours).abs().max() > 0.1
@@ -247,7 +252,7 @@ def test_files_that_go_along(tmp_path: Path) -> None:
     assert len(tokenizer) == VOCAB
     assert tokenizer.model_max_length == LENGTH
     assert max(tokenizer("[MASK] h\u00e9").input_ids) < VOCAB
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = load(tmp_path / "out")
     assert model.generation_config.eos_token_id == model.generation_config.bos_token_id == 256
     assert model.config.max_position_embeddings == LENGTH
     card = (tmp_path / "out/README.md").read_text()
@@ -270,7 +275,7 @@ def test_the_card_says_that_code_is_run(tmp_path: Path) -> None:
 def test_weights_in_another_format(dtype: str, expected: torch.dtype, tmp_path: Path) -> None:
     rack = build(NATIVE["standard"][1])
     exported(saved(rack, tmp_path), tmp_path / "out", dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    model = load(tmp_path / "out")
     assert model.dtype == expected
     assert torch.equal(model.lm_head.weight, rack.head.weight.to(expected))
 
