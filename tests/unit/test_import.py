@@ -228,7 +228,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     tree = yaml.safe_load(said[said.index("tokenizer:") :])
     assert tree["growth"] == {"start": str(source), "start_stacks": 2}
     assert (tree["stack"], tree["stacks"]) == ({"blocks": 2}, [{}, {"blocks": 1}])
-    assert tree["model"]["attention"] == {"type": "gqa", "n_heads": 4, "n_kv_heads": 2}
+    assert tree["model"]["attention"] == {"type": "gqa", "n_kv_heads": 2}  # what is no default
     assert call(source / "model.safetensors", "--blocks-per-stack", 2, "--dry-run").startswith("To go on")
     with pytest.raises(SystemExit, match="--blocks-per-stack 4: expected 1 to 3"):
         call(source, "--blocks-per-stack", 4, "--out", tmp_path / "other")
