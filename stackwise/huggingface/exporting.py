@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stackwise.artifacts.manifest import MANIFEST, Artifact
+from stackwise.artifacts.manifest import MANIFEST, REMEDY, Artifact
 from stackwise.errors import UserError
 from stackwise.growth.racks import ADAPTERS, SHAPE, TOKENIZER, WEIGHTS
 from stackwise.huggingface import native, shipped
@@ -65,9 +65,14 @@ def export_rack(
         commit: of the project that made it.
 
     Raises:
-        UserError: a file of the rack is damaged.
+        UserError: a file of the rack is damaged, or its manifest does not say what it has learned.
     """
     facts = artifact.facts
+    if missing := {"objective", "causal", "seq_len"} - facts.keys():
+        raise UserError(
+            f"{artifact.path}: its manifest does not say {', '.join(sorted(missing))}, so an older version of this "
+            f"project has made it; {REMEDY}"
+        )
     shape = RackShape.from_json(json.loads((artifact.path / SHAPE).read_text()))
     causal, length, imported = bool(facts["causal"]), int(facts["seq_len"]), facts.get("imported")
     adapted = adapted_projections(artifact.path / ADAPTERS)

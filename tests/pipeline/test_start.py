@@ -14,9 +14,12 @@ from stackwise.artifacts.manifest import read
 from stackwise.config.params import load
 from stackwise.errors import UserError
 from stackwise.growth.racks import KIND, load_rack
+from stackwise.interactive.configuring import StackWiseConfig
+from stackwise.interactive.growing import ProgressiveTrainer
 from tests.pipeline.inprocess import Changes, Pipeline, project, written
 from tests.unit.test_import import LETTERS
 from tests.unit.test_import import saved as saved_model
+from workflow import command
 from workflow.stages import table
 
 LAYERS = 2
@@ -57,7 +60,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, model: Any) -> Iterator[P
 def test_an_imported_model_is_fused_as_it_is(pipeline: Pipeline, model: Any) -> None:
     """Nothing is trained: the rack is the model. Fine-tuned for next tokens it goes back to Transformers."""
     changes = {**START, "n_stacks": 1, "stacks": [{"blocks": LAYERS}], "export.models": ["clm"]}
-    made = pipeline.run(changes)
+    made = pipeline.run(changes, leave_out=())
     assert not [name for name in made if name.startswith("train_")]
     assert {"import", "evaluate_imported", "fuse", "fine_tune_clm", "export_clm"} <= made.keys()
     rack = load_rack(pipeline.root / "artifacts/fused")
@@ -101,6 +104,29 @@ def test_an_imported_model_grows(way: str, pipeline: Pipeline) -> None:
         weights[f"stacks.{place}.blocks.0.mlp.down_proj.weight"], theirs["model.layers.0.mlp.down_proj.weight"]
     )
     assert kept == (way in ("append", "append-copy-quantized", "fused", "prepend", "insert"))
+
+
+def test_it_grows_without_an_engine_too(pipeline: Pipeline) -> None:
+    pipeline.run(START, leave_out=("report", "fine_tune"))
+    expected = (pipeline.root / "artifacts/fused/model.safetensors").read_bytes()
+    trainer = ProgressiveTrainer(StackWiseConfig.from_yaml(), "runs")
+    trainer.train_rack("one")
+    assert (pipeline.root / "runs/one/artifacts/fused/model.safetensors").read_bytes() == expected
+    with pytest.raises(UserError, match=r"expected one of \(1, 0\)"):
+        trainer.data_loader("one", stack=0)
+
+
+def test_the_plan_knows_what_is_not_trained(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(pipeline.root / "params.yaml", START)
+    monkeypatch.setattr("sys.argv", ["stackwise", "plan", "--vocab-size", str(len(LETTERS))])
+    command.main()
+    said = capsys.readouterr().out
+    steps, batch, seq = 4, 4, 16
+    assert f"{steps * batch * seq:,} tokens are trained on" in said
+    assert "\nimport " in said
+    assert "train_stack_0" not in said
 
 
 def test_another_checkpoint_makes_all_anew(pipeline: Pipeline, model: Any) -> None:
