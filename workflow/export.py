@@ -40,9 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {done.architecture}, {done.bytes / 1e6:,.1f} MB of {done.dtype} weights")
     print(f'load it with {done.auto_class}.from_pretrained("{arguments.out}"{trust})')
     if done.reasons:
+        reasons = "; ".join(done.reasons)
         print(
-            f"It brings code along, which `trust_remote_code=True` has them run: no class of Transformers computes "
-            f"{'; '.join(done.reasons)}."
+            f"It brings Python files along, which `trust_remote_code=True` has run: no class of Transformers computes "
+            f"{reasons}."
         )
     for adapters in done.adapters:
         print(f'and then PeftModel.from_pretrained(model, "{arguments.out / adapters}")')
