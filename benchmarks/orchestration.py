@@ -109,6 +109,7 @@ def _tiny(stacks: int) -> dict[str, Any]:
         "fine_tune": {"clm": branch, "mlm": branch, "diffusion": branch},
         "evaluate": {"samples": 8, "draws": 2, "batch_size": 8},
         "samples": {"number": 1, "steps": 4},
+        "export": {},
         "tracking": {"enabled": False},
     }
 

@@ -85,6 +85,7 @@ BASE: dict[str, Any] = {
     "fine_tune": {},
     "evaluate": {"samples": 512, "draws": 4, "mask_rates": [0.5]},
     "samples": {},
+    "export": {},
     "activations": {"budget_gb": 8.0},
     "checkpoint": {"every": 500},
     "tracking": {"enabled": False, "experiment": "quality"},

@@ -43,6 +43,11 @@ MLP = {
 _PACKAGES = {"attention": ATTENTION, "mlp": MLP}
 
 
+def variant_of(package: str, type_: str) -> Variant:
+    """Where the variant `model.<package>.type` is."""
+    return _PACKAGES[package][type_]
+
+
 def class_of(package: str, type_: str) -> Any:
     """The class of a variant; its module is imported now.
 
@@ -50,7 +55,7 @@ def class_of(package: str, type_: str) -> Any:
         package: `attention` or `mlp`.
         type_: value of `model.<package>.type`.
     """
-    variant = _PACKAGES[package][type_]
+    variant = variant_of(package, type_)
     return getattr(import_module(f"stackwise.{package}.{variant.module}"), variant.name)
 
 
@@ -59,7 +64,7 @@ def sources(models: Iterable[ModelParams]) -> tuple[str, ...]:
     found = set()
     for model in models:
         for package, type_ in (("attention", model.attention.type), ("mlp", model.mlp.type)):
-            variant = _PACKAGES[package][type_]
+            variant = variant_of(package, type_)
             found |= {f"stackwise/{package}/{module}.py" for module in (variant.module, *variant.uses)}
     return tuple(sorted(found))
 

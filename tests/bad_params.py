@@ -28,11 +28,14 @@ fine_tune:
   clm: {steps: 8, batch_size: 4, lr: 1.0e-3}
 evaluate: {samples: 8}
 samples: {}
+export: {}
 activations: {}
 checkpoint: {}
 tracking: {enabled: false}
 """
 GONE = object()
+_AFTER = GOOD.count("\n") + 1
+"""The line after the last one."""
 
 
 @dataclass(frozen=True)
@@ -430,7 +433,7 @@ CASES = [
     Case("comments only", b"# seed: 0\n", ("is empty; expected a mapping of sections",)),
     Case("a list", b"- seed\n- data\n", ("holds [seed, data]; expected a mapping of sections",)),
     Case("a word", b"seed\n", ("holds seed; expected a mapping of sections",)),
-    Case("Latin-1", GOOD.encode() + "# fünf\n".encode("latin-1"), (", line 26: not UTF-8 text; save it as UTF-8",)),
+    Case("Latin-1", GOOD.encode() + "# fünf\n".encode("latin-1"), (f", line {_AFTER}: not UTF-8 text",)),
     Case("UTF-16", GOOD.encode("utf-16"), (", line 1: not UTF-8 text; save it as UTF-8",)),
     Case("control character", GOOD.encode() + b"\x00", ("not valid YAML",)),
     Case("no file", None, ("no such file",)),

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from stackwise.errors import UserError
-from workflow import generate, plan
+from workflow import export, generate, importing, plan
 
 
 def main() -> None:
@@ -17,6 +17,12 @@ def main() -> None:
     generating = commands.add_parser("generate", help="text from a trained model")
     generate.declare(generating)
     generating.set_defaults(run=generate.run)
+    exporting = commands.add_parser("export", help="a rack as a model that Transformers loads")
+    export.declare(exporting)
+    exporting.set_defaults(run=export.run)
+    bringing = commands.add_parser("import", help="a model of Transformers as a rack")
+    importing.declare(bringing)
+    bringing.set_defaults(run=importing.run)
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)

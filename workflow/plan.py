@@ -106,14 +106,16 @@ class _Planner:
                     yield StageCost(name, host=PROCESS + 8 * self._weights(version.stack))
             if phase.cached:
                 yield self._caching(phase)
-            yield self._training(phase)
+            yield StageCost("import") if phase.imported else self._training(phase)
             if len(phase.kept) == len(phase.order):
                 yield self._reading(f"evaluate_{phase.name}", phase.order)
         everything = range(self._params.n_stacks)
         yield StageCost("fuse", host=PROCESS + 8 * (self._ends + sum(map(self._weights, everything))))
         joint = self._params.joint
         if joint.share:
-            steps = round(joint.share * sum(self._params.stack_params(p.stack).steps for p in self._phases))
+            steps = round(
+                joint.share * sum(self._params.stack_params(p.stack).steps for p in self._phases if not p.imported)
+            )
             yield self._tuning("tune_jointly", steps, joint.batch_size)
         for branch in FineTuneParams.model_fields:
             if (own := getattr(self._params.fine_tune, branch)) is not None:
@@ -183,7 +185,7 @@ class _Planner:
         limited = (params.activations.variants_at_once or variants) < variants
         through = below if limited or self._from_tokens(phase) else below[-1:]
         # Rows are computed 32 at a time, or fewer where they are long.
-        sizes = Sizes(batch=1, seq=params.seq_len, rows=0, causal=params.objective.causal)
+        sizes = Sizes(batch=1, seq=params.seq_len, rows=0, causal=params.objective.looks_back)
         compute = params.trunk.compute or params.compute.dtype
         passes = [_cost_of_pass(self._frozen(k), sizes, compute, self._device) for k in through]
         one = max(cost.peak for cost in passes)
@@ -212,7 +214,8 @@ class _Planner:
     def _tuning(self, name: str, steps: int, batch_size: int) -> StageCost:
         """All stacks together."""
         params = self._params
-        whole = phases(params.growth.model_copy(update={"strategy": "end_to_end"}), params.n_stacks)[0]
+        growth = params.growth.model_copy(update={"strategy": "end_to_end", "start": None})
+        whole = phases(growth, params.n_stacks)[0]
         rows = rows_of_phase(params, whole, batch_size // params.optimizer.accumulate)
         step = step_of_phase(params, whole, self._vocabulary, rows=rows.most, device=self._device)
         cost = _cost_of_step(step)
@@ -372,6 +375,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokens = sum(
         params.stack_params(p.stack).steps * params.stack_params(p.stack).batch_size * params.seq_len
         for p in phases(params.growth, params.n_stacks)
+        if not p.imported
     )
     at = (
         f"{arguments.rate:.3g} operations a second"

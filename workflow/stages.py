@@ -24,6 +24,7 @@ from stackwise.errors import UserError
 from stackwise.growth.needs import Needs, made_from, needs_of
 from stackwise.growth.phases import KEPT, Phase, Version, phases
 from stackwise.growth.pretrained import find_matrices
+from stackwise.huggingface.checkpoint import files_to_watch
 
 RECEIPTS = Path(".stackwise/receipts")
 RENDER = "python -m workflow.stages"
@@ -74,6 +75,18 @@ SAMPLING = (
     *(*RACKS, *DEVICE, "stackwise/config/generation.py", "stackwise/generation", "stackwise/objectives/draws.py"),
     *("stackwise/config/data.py", "stackwise/data/tokenizer.py", "stackwise/data/tokens.py"),
 )
+WEIGHTS_OF_OTHERS = ("stackwise/huggingface/native.py", "stackwise/huggingface/tensors.py")
+IMPORTING = (
+    *(*STACKS, *RACKS, *TOKENS, *WEIGHTS_OF_OTHERS, "stackwise/config/data.py", "stackwise/data/tokenizer.py"),
+    *("stackwise/growth/pretrained.py", "stackwise/huggingface/checkpoint.py", "stackwise/huggingface/importing.py"),
+)
+EXPORTING = (
+    *(*RACKS, *WEIGHTS_OF_OTHERS),
+    *(f"stackwise/huggingface/{name}.py" for name in ("adapters", "card", "exporting", "shipped", "tokenizer")),
+    *(f"stackwise/huggingface/{name}.py" for name in ("configuration", "modeling")),  # which it copies
+)
+TOKENIZER_SOURCES = ("growth.start", "model.embeddings.source", "model.head.source")
+"""Models that a tokenizer may come along with."""
 DETERMINISM = ("compute.device", "compute.deterministic")
 """Parameters that every stage reads that computes with torch."""
 
@@ -149,8 +162,11 @@ def table(params: Params) -> list[Stage]:
             name="check_params",
             script="check_params",
             params=(ALL,),
-            inputs=_matrices(params),
-            sources=("stackwise/config", "stackwise/errors.py", "stackwise/growth/pretrained.py"),
+            inputs=(*_matrices(params), *_start_files(params)),
+            sources=(
+                *("stackwise/config", "stackwise/errors.py", "stackwise/growth/pretrained.py"),
+                "stackwise/huggingface/checkpoint.py",
+            ),
         ),
         *_data_stages(params),
         *_stack_stages(params),
@@ -179,6 +195,12 @@ def _matrices(params: Params) -> tuple[str, ...]:
     return tuple(sorted({str(matrix.file) for matrix in find_matrices(params.model, download=False)}))
 
 
+def _start_files(params: Params) -> tuple[str, ...]:
+    """The files on this disk that hold the model that growth starts with."""
+    start = params.growth.start
+    return () if start is None else tuple(files_to_watch(start))
+
+
 def _tokenizer_files(directory: Path) -> list[str]:
     """The files of a directory that a tokenizer may read: all but the weights of a model that lies there too."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5")
@@ -190,7 +212,8 @@ def _data_stages(params: Params) -> Iterator[Stage]:
     files = find_files(params.data.files)
     along = params.tokenizer.takes_along
     model = params.model
-    tokenizer = model.embeddings.source or model.head.source if along else params.tokenizer.name
+    comes_with = params.growth.start or model.embeddings.source or model.head.source
+    tokenizer = comes_with if along else params.tokenizer.name
     local = _tokenizer_files(Path(tokenizer)) if tokenizer is not None and Path(tokenizer).is_dir() else []
     yield Stage(
         name="corpus",
@@ -207,7 +230,7 @@ def _data_stages(params: Params) -> Iterator[Stage]:
         arguments={"corpus": "artifacts/corpus", "out": "artifacts/tokens"},
         inputs=("artifacts/corpus", *local),
         outputs=("artifacts/tokens",),
-        params=("tokenizer", *(("model.embeddings.source", "model.head.source") if along else ())),
+        params=("tokenizer", *(TOKENIZER_SOURCES if along else ())),
         sources=(*CORPUS, *TOKENS, "stackwise/data/encoding.py", "stackwise/data/tokenizer.py"),
     )
 
@@ -223,11 +246,26 @@ def _stack_stages(params: Params) -> Iterator[Stage]:
                 yield _quantization(params, every, version)
         if phase.cached:
             yield _caching(params, every, phase)
-        yield _training(params, every, phase)
+        yield _importing(params, phase) if phase.imported else _training(params, every, phase)
         if len(phase.kept) == len(phase.order):
             depth = {"depth": phase.number}
             adapters = _adapters(every, *phase.order, versions=phase.kept)
             yield _evaluation(params, phase.name, _assembled(every, phase) | depth, phase.order, adapters)
+
+
+def _importing(params: Params, phase: Phase) -> Stage:
+    """The first stacks, from another model."""
+    tokens = "artifacts/tokens"
+    overridden = (f"stacks.{k}" for k in range(params.growth.imported))
+    return Stage(
+        name="import",
+        script="import_stacks",
+        arguments={"tokens": tokens, "out": phase.path},
+        inputs=(tokens, *_start_files(params)),
+        outputs=(phase.path,),
+        params=("model", "stack.blocks", "growth.start", "growth.start_stacks", *overridden),
+        sources=(*IMPORTING, *_variants(params, *range(params.growth.imported))),
+    )
 
 
 def _quantization(params: Params, every: list[Phase], version: Version) -> Stage:
@@ -457,10 +495,13 @@ def _model_stages(params: Params) -> Iterator[Stage]:
             samples.append(f"artifacts/samples/{name}")
             sources = (*(unmerged if name == "fused" else ()), *architectures)
             yield _sampling(params, name, path, samples[-1], learned == "clm", sources)
+    for name in params.export.models:
+        yield _export(params, name, models[name], unmerged if name == "fused" else ())
     measured = [phase.name for phase in every if len(phase.kept) == len(phase.order)]
     depths = tuple(f"metrics/{name}.json" for name in measured)
     metrics = tuple(f"metrics/{name}.json" for name in models)
-    losses = tuple(f"metrics/loss/{name}.json" for name in (*(phase.name for phase in every), *list(models)[1:]))
+    trained = (phase.name for phase in every if not phase.imported)
+    losses = tuple(f"metrics/loss/{name}.json" for name in (*trained, *list(models)[1:]))
     yield Stage(
         name="report",
         script="report",
@@ -492,6 +533,20 @@ def _sampling(params: Params, name: str, model: str, out: str, causal: bool, sou
         params=("seed", *keys, *DETERMINISM, "compute.branch_threads"),
         sources=(*SAMPLING, *sources),
         threads=params.compute.branch_threads,
+    )
+
+
+def _export(params: Params, name: str, model: str, adapters: tuple[str, ...]) -> Stage:
+    """A rack for Transformers."""
+    metrics, out = f"metrics/{name}.json", f"artifacts/exported/{name}"
+    return Stage(
+        name=f"export_{name}",
+        script="export_rack",
+        arguments={"name": name, "model": model, "metrics": metrics, "out": out},
+        inputs=(model, metrics),
+        outputs=(out,),
+        params=("export.dtype",),
+        sources=(*EXPORTING, *adapters, *_variants(params, *range(params.n_stacks))),
     )
 
 

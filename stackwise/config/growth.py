@@ -16,6 +16,11 @@ Pattern = Literal["constant", "linear", "increasing", "decreasing"]
 class GrowthParams(Section):
     """How the rack grows: what is cached below the stacks in memory, which these are, and what of them trains."""
 
+    start: str | None = None
+    """Directory, or name in the hub's local cache, of a Llama-family model whose blocks are the first stacks, trained
+    already (null: none). `model` describes its architecture, its tokenizer comes along, and its embeddings and head."""
+    start_stacks: int | None = Field(default=None, ge=1)
+    """How many of the `n_stacks` stacks it is cut into (with `start`)."""
     strategy: Literal["progressive", "end_to_end"] = "progressive"
     """`progressive`: stacks are added one after another. `end_to_end`: all exist from the start."""
     end_to_end_scope: Literal["rackwise", "stackwise"] = "rackwise"
@@ -65,11 +70,21 @@ class GrowthParams(Section):
         every = self.window is None or self.mode == "fused"
         return self.trunk != "trainable" or not every or bool(self.sweeps)
 
+    @property
+    def imported(self) -> int:
+        """How many stacks, the first ones, come from `start`."""
+        return self.start_stacks or 0 if self.start else 0
+
     def copied_by(self, k: int) -> int | None:
         """The stack that stack `k` may begin as a copy of: a trained neighbour; None if there is none."""
-        if self.strategy == "end_to_end" or k < self.stride:
+        imported = self.imported
+        if self.strategy == "end_to_end" or k < (imported or self.stride):
             return None
-        return 0 if self.building_mode == "insert" else k - k % self.stride - 1
+        if self.building_mode == "insert":
+            return max(0, imported - 1)
+        if self.building_mode == "prepend" and k == imported:
+            return 0
+        return k - (k - imported) % self.stride - 1
 
     def problems(self) -> list[tuple[str, str]]:
         """Regimes that contradict themselves."""

@@ -15,6 +15,7 @@ from stackwise.config.allowed import as_yaml, at, dereference, in_words
 from stackwise.config.compute import ActivationsParams, ComputeParams, TrunkParams
 from stackwise.config.data import DataParams, TokenizerParams
 from stackwise.config.evaluation import EvaluateParams
+from stackwise.config.export import ExportParams
 from stackwise.config.generation import SamplesParams
 from stackwise.config.growth import AdaptersParams, GrowthParams, LoRAParams
 from stackwise.config.model import ModelParams
@@ -78,6 +79,8 @@ class Params(Section):
     """What is measured on held-out text."""
     samples: SamplesParams
     """The texts that each model writes for the report."""
+    export: ExportParams
+    """Models for Transformers."""
     activations: ActivationsParams
     """The activation cache on disk. Changes no result."""
     checkpoint: CheckpointParams
@@ -89,7 +92,7 @@ class Params(Section):
         """The parameters of stack `k`: the defaults as they change with k, with its overrides."""
         own = self.stack
         update: dict[str, Any] = {}
-        # A stage sees what it declares: of a stack that it does not train neither steps nor rate, of the first no factor.
+        # A stage sees what it declares: of a stack that it does not train no steps and no rate, of the first no factor.
         if k and {"steps", "steps_factor"} <= vars(own).keys():
             update["steps"] = max(1, round(own.steps * own.steps_factor**k))
         if k and {"lr", "lr_factor"} <= vars(own).keys():
@@ -125,6 +128,8 @@ class Params(Section):
         found += self._objective_problems()
         found += self._time_problems()
         found += self._growth_problems()
+        found += self._start_problems()
+        found += self._export_problems()
         for k, overrides in enumerate(self.stacks[: self.n_stacks]):
             if overrides.init == "copy" and self.growth.copied_by(k) is None:
                 found.append((f"stacks.{k}.init", "there is no trained stack to copy: expected random or zero"))
@@ -157,6 +162,41 @@ class Params(Section):
             message = f"expected at most {self.n_stacks} formats, one for each of the n_stacks"
             found.append(("trunk.precisions", message))
         return found + self._adapter_problems()
+
+    def _start_problems(self) -> list[tuple[str, str]]:
+        """A model to start with that does not fit what is made of it, or keys that mean nothing with it."""
+        growth, found = self.growth, []
+        if growth.start is None:
+            if growth.start_stacks is not None:
+                found.append(("growth.start_stacks", "has no effect without growth.start: leave it out"))
+            return found
+        if growth.start_stacks is None:
+            found.append(("growth.start_stacks", "expected a number of stacks, because growth.start is given"))
+        elif growth.start_stacks > self.n_stacks:
+            found.append(("growth.start_stacks", f"expected at most n_stacks ({self.n_stacks})"))
+        for key, section in (("embeddings", self.model.embeddings), ("head", self.model.head)):
+            if section.source is not None:
+                message = "has no effect with growth.start, which brings its own: leave it out"
+                found.append((f"model.{key}.source", message))
+        if self.model.time.mode == "input":
+            message = "cannot be input with growth.start, whose blocks know no t: expected none or depth"
+            found.append(("model.time.mode", message))
+        if growth.strategy == "progressive" and not growth.sweeps and growth.trunk != "trainable":
+            for k, overrides in enumerate(self.stacks[: growth.imported]):
+                for key in sorted(overrides.model_fields_set - {"blocks", "attention", "mlp"}):
+                    message = f"has no effect: stack {k} comes from growth.start and is not trained: leave it out"
+                    found.append((f"stacks.{k}.{key}", message))
+        untrained = growth.strategy == "progressive" and growth.imported == self.n_stacks and not growth.sweeps
+        if untrained and self.joint.share:
+            message = "expected 0: it is a share of the steps of all stacks, and growth.start leaves none to train"
+            found.append(("joint.share", message))
+        return found
+
+    def _export_problems(self) -> list[tuple[str, str]]:
+        """Models that there are not."""
+        there = ["fused", *(name for name in FineTuneParams.model_fields if getattr(self.fine_tune, name) is not None)]
+        message = f"expected names of models: {', '.join(there)}"
+        return [("export.models", message)] if set(self.export.models) - set(there) else []
 
     def _adapter_problems(self) -> list[tuple[str, str]]:
         """Adapters that nobody has, or that somebody must have."""
@@ -245,11 +285,16 @@ class Params(Section):
         """A tokenizer whose ids are not those of the pretrained matrices, or none at all."""
         sections = {"model.embeddings.source": self.model.embeddings, "model.head.source": self.model.head}
         sources = [(key, section.source) for key, section in sections.items() if section.source is not None]
+        if self.growth.start is not None:
+            sources = [("growth.start", self.growth.start)]
         tokenizer = self.tokenizer
         if not sources:
             if tokenizer.type != "pretrained" or tokenizer.name:
                 return []
-            message = "expected a directory or a hub name, because tokenizer.type is pretrained and model has no source"
+            message = (
+                "expected a directory or a hub name, because tokenizer.type is pretrained and neither model nor growth "
+                "has a source"
+            )
             return [("tokenizer.name", message)]
         (key, source), *others = sources
         rows = f"the rows of {key} ({source}) belong to the ids of its own tokenizer"

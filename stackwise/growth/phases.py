@@ -69,18 +69,20 @@ class Phase:
     embeddings: int
     """The phase that has trained the embeddings last, this one included."""
     rackwise: bool = False
+    imported: bool = False
+    """Whether its stacks come trained from another model: nothing is trained in it."""
 
     @property
     def label(self) -> str:
         """Of its artifact: the stack's number, with the sweep's if it is one."""
-        if self.rackwise:
-            return "rack"
+        if self.rackwise or self.imported:
+            return "rack" if self.rackwise else "imported"
         return f"{self.stack}_sweep_{self.sweep}" if self.sweep else str(self.stack)
 
     @property
     def name(self) -> str:
         """Of its stages."""
-        return self.label if self.rackwise else f"stack_{self.label}"
+        return self.label if self.rackwise or self.imported else f"stack_{self.label}"
 
     @property
     def path(self) -> str:
@@ -141,15 +143,19 @@ def phases(growth: GrowthParams, n_stacks: int, *, lora: bool = False) -> list[P
         n_stacks: K.
         lora: whether new stacks but the first learn only a LoRA.
     """
-    rack = _Rack()
+    rack, imported = _Rack(), growth.imported
+    if imported:
+        rack.order = list(range(imported))
+        _add(rack, growth, [Member(k, "new") for k in rack.order], stack=imported - 1, imported=True)
     if growth.strategy == "end_to_end" and growth.end_to_end_scope == "rackwise":
         rack.order = list(range(n_stacks))
-        _add(rack, growth, [Member(k, "new") for k in rack.order], stack=n_stacks - 1, rackwise=True)
+        window = [Member(k, "weights" if k in rack.weights else "new") for k in rack.order]
+        _add(rack, growth, window, stack=n_stacks - 1, rackwise=True)
         return rack.phases
     if growth.strategy == "end_to_end":
         rack.order = list(range(n_stacks))
     else:
-        for new in _groups(n_stacks, growth.stride):
+        for new in _groups(imported, n_stacks, growth.stride):
             _grow(rack, growth, new, lora=lora)
     for sweep in range(1, growth.sweeps + 1):
         for place, k in enumerate(rack.order):
@@ -159,8 +165,8 @@ def phases(growth: GrowthParams, n_stacks: int, *, lora: bool = False) -> list[P
     return rack.phases
 
 
-def _groups(n_stacks: int, stride: int) -> Iterator[list[int]]:
-    for first in range(0, n_stacks, stride):
+def _groups(first_new: int, n_stacks: int, stride: int) -> Iterator[list[int]]:
+    for first in range(first_new, n_stacks, stride):
         yield list(range(first, min(first + stride, n_stacks)))
 
 
@@ -203,6 +209,7 @@ def _add(
     sweep: int = 0,
     copies: int | None = None,
     rackwise: bool = False,
+    imported: bool = False,
 ) -> None:
     number, lowest = len(rack.phases), rack.order.index(window[0].stack)
     older = tuple(rack.version(m.stack) for m in window if m.stack in rack.weights)
@@ -237,6 +244,7 @@ def _add(
             embeddings_before=embeddings_before,
             embeddings=rack.embeddings,
             rackwise=rackwise,
+            imported=imported,
         )
     )
 

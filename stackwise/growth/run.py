@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from stackwise.growth.stacks import KIND, Training
 from stackwise.growth.training import PhaseInputs, boundary_source, train_phase
 from stackwise.growth.trunk import AdaptedStack, adapted_stacks, trunk_of
 from stackwise.growth.tuning import loss_curve
+from stackwise.huggingface.importing import import_stacks
 from stackwise.model.rack import Rack
 from stackwise.precision.trunk import KIND as TRUNK
 from stackwise.precision.trunk import TrunkStack, quantize_stack
@@ -76,7 +78,7 @@ class GrowthRun:
         corpus = self._made("artifacts/corpus", CORPUS, {}, corpus_into)
         tokenizer = params.tokenizer
         if tokenizer.takes_along:
-            source = params.model.embeddings.source or params.model.head.source
+            source = params.growth.start or params.model.embeddings.source or params.model.head.source
             tokenizer = tokenizer.model_copy(update={"name": source})
         write = write_labelled_dataset if corpus.facts.get("labelled") else write_token_dataset
         return self._made(
@@ -122,6 +124,8 @@ class GrowthRun:
         Raises:
             UserError: an earlier one has not been trained; or see `train_phase`.
         """
+        if phase.imported:
+            return self._imported(phase)
         given = self.inputs(phase)
         roles = _roles(given)
         key = {
@@ -142,6 +146,13 @@ class GrowthRun:
         training = Training(self._made(phase.path, KIND, roles, train_into))
         checkpoints.discard()
         return training
+
+    def _imported(self, phase: Phase) -> Training:
+        """The stacks of the model that growth starts with."""
+        tokens = self.tokens()
+        vocab_size = int(tokens.facts["vocab_size"])
+        write = partial(import_stacks, self.params, vocab_size=vocab_size)
+        return Training(self._made(phase.path, KIND, {"tokens": tokens}, write))
 
     def trunk(self, version: Version) -> TrunkStack:
         """A stack as frozen ground for others."""

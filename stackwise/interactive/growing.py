@@ -198,10 +198,11 @@ def _paths(record: Artifact) -> list[tuple[str, str]]:
 
 
 def _phase(run: GrowthRun, stack: int, sweep: int) -> Phase:
-    for phase in run.phases:
+    trained = [phase for phase in run.phases if not phase.imported]
+    for phase in trained:
         if (phase.stack, phase.sweep) == (stack, sweep):
             return phase
-    known = ", ".join(f"({phase.stack}, {phase.sweep})" for phase in run.phases)
+    known = ", ".join(f"({phase.stack}, {phase.sweep})" for phase in trained)
     raise UserError(f"stack = {stack}, sweep = {sweep}: no training of this regime; expected one of {known}")
 
 

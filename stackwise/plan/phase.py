@@ -41,7 +41,7 @@ def step_of_phase(params: Params, phase: Phase, vocabulary: Vocabulary, *, rows:
             batch=own.batch_size // params.optimizer.accumulate,
             seq=params.seq_len,
             rows=rows,
-            causal=objective.type == "clm" or objective.causal,
+            causal=objective.looks_back,
             segments=params.model.document_mask,
         ),
         optimizer=params.optimizer,

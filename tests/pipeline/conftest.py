@@ -45,6 +45,7 @@ TINY: dict[str, Any] = {
     },
     "evaluate": {"samples": 8, "draws": 2, "batch_size": 8},
     "samples": {"number": 1, "steps": 4},
+    "export": {},
     "checkpoint": {"every": 5},
     "tracking": {"enabled": False},
 }

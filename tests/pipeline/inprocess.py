@@ -33,6 +33,7 @@ BASE: dict[str, Any] = {
     "fine_tune": {"clm": {"steps": 2, "batch_size": 4}, "mlm": {"steps": 2, "batch_size": 4}},
     "evaluate": {"samples": 4, "draws": 1, "mask_rates": [0.5]},
     "samples": {"number": 1, "steps": 2},
+    "export": {},
     "activations": {"shard_mb": 1},
     "checkpoint": {},
     "tracking": {"enabled": False},

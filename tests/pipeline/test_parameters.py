@@ -226,6 +226,14 @@ def cases() -> Iterator[Case]:
     yield of("fine_tune.mlm.random_share", 0.5, "fine_tune_mlm")
     yield of("fine_tune.mlm.keep_share", 0.5, "fine_tune_mlm")
     yield of("model.document_mask", True, base={"seq_len": 256})
+    # from and to other models
+    like_theirs: Changes = {**own, "model.mlp.hidden": 8}
+    started: Changes = {"growth.start": "model-16", "growth.start_stacks": 1}
+    yield Case("growth.start", started, "import", like_theirs)
+    for models in (["fused"], ["clm"]):
+        to_others: Changes = {"export.models": models}
+        yield of("export.dtype", "bf16", f"export_{models[0]}", base=to_others)
+    yield of("export.models", ["clm", "fused"], "export_fused", base={"export.models": ["clm"]})
     # early stopping
     steep: Changes = {"stack.steps": 12, "stack.lr": 0.3, "optimizer.schedule": "constant"}
     yield of("stack.stop_every", 2, base=steep)

@@ -42,6 +42,7 @@ def full_params() -> Params:
     tree["stacks"] = [{"attention": a, "init": "random"} for a in attention]
     tree["stacks"][4]["mlp"] = {"type": "moe"}
     tree["n_stacks"] = len(attention)
+    tree["export"] = {"models": ["fused", *tree["fine_tune"]]}
     # Together they cannot be; each makes stages read what they do not read otherwise.
     tree["objective"]["schedule"] = "linear"
     tree["model"]["time"] = {"sampling": "batch"}
@@ -50,8 +51,12 @@ def full_params() -> Params:
 
 
 def full_table() -> list[Stage]:
-    """All stages of a rack that is appended to."""
-    return table(full_params())
+    """All stages of a rack that is appended to, and the one that brings its stacks from another model."""
+    tree = full_params().model_dump()
+    tree["growth"] |= {"start": "some/model", "start_stacks": tree["n_stacks"]}
+    importing = [stage for stage in table(Params.model_validate(tree)) if stage.script == "import_stacks"]
+    assert importing
+    return [*table(full_params()), *importing]
 
 
 @cache

@@ -29,7 +29,7 @@ def tokenizer_params(params: Params) -> TokenizerParams:
     """Those of the tokenizer; one that is taken along has the name of the model that it comes with."""
     if not params.tokenizer.takes_along:
         return params.tokenizer
-    name = params.model.embeddings.source or params.model.head.source
+    name = params.growth.start or params.model.embeddings.source or params.model.head.source
     return params.tokenizer.model_copy(update={"name": name})
 
 

@@ -1,0 +1,1 @@
+"""Racks for Transformers and models of Transformers for racks."""
