@@ -22,8 +22,9 @@ from stackwise.errors import UserError
 from stackwise.growth.phases import Phase, phases
 from stackwise.plan import weights
 from stackwise.plan.parts import Sizes, StackPlan, Vocabulary
-from stackwise.plan.phase import rows_of_phase, step_of_phase
+from stackwise.plan.phase import frozen_stack, rows_of_phase, step_of_phase, steps_of_phase
 from stackwise.plan.rates import ACCELERATORS, UTILISATION, accelerator, rate_of
+from stackwise.plan.rows import rows_of
 from stackwise.plan.step import Cost, cost_of_pass, cost_of_step
 from stackwise.plan.tape import Device
 
@@ -128,9 +129,9 @@ class _Planner:
     def _training(self, phase: Phase) -> StageCost:
         own, accumulate = self._params.stack_params(phase.stack), self._params.optimizer.accumulate
         rows = rows_of_phase(self._params, phase, own.batch_size // accumulate)
-        # What a step takes on average, and the most memory that any may take.
-        mean = self._step(phase, round(rows.mean))
-        peak = self._step(phase, rows.most)
+        # What steps take on average, and the most memory that any may take.
+        every = self._steps(phase, round(rows.mean))
+        peak = self._steps(phase, rows.most)[-1][1]
         learns, frozen = self._members(phase)
         stored = sum(frozen.values())
         return StageCost(
@@ -139,11 +140,13 @@ class _Planner:
             frozen=frozen,
             device=peak.peak,
             host=PROCESS + peak.batches + (4 * (learns + stored) if self._device == "cuda" else 0),
-            flops=own.steps * mean.flops.total,
+            flops=sum(number * cost.flops.total for number, cost in every),
         )
 
-    def _step(self, phase: Phase, rows: int) -> Cost:
-        return _cost_of_step(step_of_phase(self._params, phase, self._vocabulary, rows=rows, device=self._device))
+    def _steps(self, phase: Phase, rows: int) -> list[tuple[int, Cost]]:
+        """How many steps of a phase cost what, in order."""
+        kinds = steps_of_phase(self._params, phase, self._vocabulary, rows=rows, device=self._device)
+        return [(number, _cost_of_step(step)) for number, step in kinds]
 
     def _members(self, phase: Phase) -> tuple[int, dict[str, int]]:
         """Weights that learn in a phase, and those that do not by their format."""
@@ -180,14 +183,14 @@ class _Planner:
 
     def _caching(self, phase: Phase) -> StageCost:
         params, samples = self._params, self._corpus.samples
-        below = [version.stack for version in phase.below]
+        below = phase.below
         variants = params.objective.variants
         limited = (params.activations.variants_at_once or variants) < variants
         through = below if limited or self._from_tokens(phase) else below[-1:]
         # Rows are computed 32 at a time, or fewer where they are long.
         sizes = Sizes(batch=1, seq=params.seq_len, rows=0, causal=params.objective.looks_back)
         compute = params.trunk.compute or params.compute.dtype
-        passes = [_cost_of_pass(self._frozen(k), sizes, compute, self._device) for k in through]
+        passes = [_cost_of_pass(frozen_stack(params, version), sizes, compute, self._device) for version in through]
         one = max(cost.peak for cost in passes)
         stored = flops = None
         if samples is not None:
@@ -202,7 +205,8 @@ class _Planner:
                 variants=variants,
                 at_once=params.activations.variants_at_once,
             )
-        frozen: dict[str, int] = {params.trunk.precision_of(k): self._weights(k) for k in through[-1:]}
+        k = below[-1].stack
+        frozen: dict[str, int] = {params.trunk.precision_of(k): self._weights(k)}
         return StageCost(f"cache_activations_{phase.label}", frozen=frozen, device=one, cache=stored, flops=flops)
 
     def _from_tokens(self, phase: Phase) -> bool:
@@ -212,16 +216,21 @@ class _Planner:
         return own_masks or len(phase.below) == 1
 
     def _tuning(self, name: str, steps: int, batch_size: int) -> StageCost:
-        """All stacks together."""
-        params = self._params
-        growth = params.growth.model_copy(update={"strategy": "end_to_end", "start": None})
-        whole = phases(growth, params.n_stacks)[0]
-        rows = rows_of_phase(params, whole, batch_size // params.optimizer.accumulate)
-        step = step_of_phase(params, whole, self._vocabulary, rows=rows.most, device=self._device)
-        cost = _cost_of_step(step)
+        """All stacks together, on the pretraining's objective."""
+        params, time = self._params, self._params.model.time
+        rackwise = {"strategy": "end_to_end", "end_to_end_scope": "rackwise", "start": None}
+        whole = phases(params.growth.model_copy(update=rackwise), params.n_stacks)[0]
+        size = batch_size // params.optimizer.accumulate
+        rows = rows_of(params.objective, batch=size, seq=params.seq_len, shared=time.sampling == "batch")
+
+        def cost(number: int) -> Cost:
+            step = step_of_phase(params, whole, self._vocabulary, rows=number, device=self._device)
+            return _cost_of_step(replace(step, sizes=replace(step.sizes, batch=size)))
+
+        mean, peak = cost(round(rows.mean)), cost(rows.most)
         learns = self._ends + sum(map(self._weights, range(params.n_stacks)))
         return StageCost(
-            name, learns=learns, device=cost.peak, host=PROCESS + cost.batches, flops=steps * cost.flops.total
+            name, learns=learns, device=peak.peak, host=PROCESS + peak.batches, flops=steps * mean.flops.total
         )
 
     def _reading(self, name: str, stacks: Iterable[int]) -> StageCost:
@@ -255,10 +264,6 @@ class _Planner:
         """Operations of a stack in fp32 on one sample."""
         plan = StackPlan(self._params.stack_model(k), self._params.stack_params(k).blocks)
         return _cost_of_pass(plan, Sizes(batch=1, seq=self._params.seq_len, rows=0), "fp32", "cpu").flops.total
-
-    def _frozen(self, k: int) -> StackPlan:
-        params = self._params
-        return StackPlan(params.stack_model(k), params.stack_params(k).blocks, precision=params.trunk.precision_of(k))
 
 
 # --- what does not fit

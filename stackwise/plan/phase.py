@@ -1,5 +1,8 @@
 """The training step of a phase of growth, from the parameters."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 from stackwise.config.growth import LoRAParams
 from stackwise.config.params import Params
 from stackwise.growth.depth import fraction_of_stack
@@ -23,7 +26,7 @@ def rows_of_phase(params: Params, phase: Phase, batch: int) -> Rows:
 
 
 def step_of_phase(params: Params, phase: Phase, vocabulary: Vocabulary, *, rows: int, device: Device) -> Step:
-    """The step that a phase takes again and again. With `growth.unfreeze` it is the last, in which all has thawed.
+    """The step that a phase takes again and again; with `growth.unfreeze` the last, in which everything learns.
 
     Args:
         params: all of them.
@@ -46,7 +49,7 @@ def step_of_phase(params: Params, phase: Phase, vocabulary: Vocabulary, *, rows:
         ),
         optimizer=params.optimizer,
         compute=params.compute.dtype,
-        below=() if phase.cached else tuple(_frozen(params, version) for version in phase.below),
+        below=() if phase.cached else tuple(frozen_stack(params, version) for version in phase.below),
         below_stays=params.activations.trunk == "resident",
         from_boundary=phase.cached,
         boundary_bytes=4 if params.trunk.activations == "fp32" else 2,
@@ -58,6 +61,48 @@ def step_of_phase(params: Params, phase: Phase, vocabulary: Vocabulary, *, rows:
         device=device,
         prefetch=params.activations.prefetch,
     )
+
+
+def steps_of_phase(
+    params: Params, phase: Phase, vocabulary: Vocabulary, *, rows: int, device: Device
+) -> list[tuple[int, Step]]:
+    """All steps of a phase: how many of each kind, in order. There are several kinds with `growth.unfreeze`, where the
+    older parts of the window begin to learn one after another (`stackwise.growth.window.Unfreezing`).
+
+    Args:
+        params, phase, vocabulary, rows, device: as of `step_of_phase`.
+    """
+    last, total = (
+        step_of_phase(params, phase, vocabulary, rows=rows, device=device),
+        params.stack_params(phase.stack).steps,
+    )
+    older = [place for place, member in enumerate(phase.window) if member.role in ("weights", "adapters")]
+    over = round(params.growth.unfreeze * total)
+    if not older or not over:
+        return [(total, last)]
+    parts = len(older) + phase.embeddings_learn
+    begins = [round(over * (i + 1) / parts) for i in range(parts)]
+    found = []
+    for thawed, (begin, end) in enumerate(pairwise([0, *begins, total])):
+        frozen = older[: max(len(older) - thawed, 0)]  # the topmost thaw first, the embeddings last
+        window = tuple(_resting(plan) if place in frozen else plan for place, plan in enumerate(last.window))
+        learns = last.embeddings_learn and thawed == parts
+        found.append((end - begin, replace(last, window=window, embeddings_learn=learns)))
+    return found
+
+
+def frozen_stack(params: Params, version: Version) -> StackPlan:
+    """A quantized stack as an earlier phase has left it."""
+    k, adapters = version.stack, params.adapters.trunk
+    lora = () if version.adapters is None or adapters is None else (_lora(adapters, k, learns=False),)
+    return StackPlan(
+        params.stack_model(k), params.stack_params(k).blocks, precision=params.trunk.precision_of(k), adapters=lora
+    )
+
+
+def _resting(plan: StackPlan) -> StackPlan:
+    """A stack of which nothing learns yet."""
+    return replace(plan, learns=False, adapters=tuple(replace(lora, learns=False) for lora in plan.adapters))
 
 
 def _member(params: Params, member: Member, version: Version | None) -> StackPlan:
@@ -78,16 +123,7 @@ def _member(params: Params, member: Member, version: Version | None) -> StackPla
             return StackPlan(plain.model, plain.blocks, precision=params.trunk.precision_of(k), adapters=lora)
         case "frozen":
             assert version is not None
-            return _frozen(params, version)
-
-
-def _frozen(params: Params, version: Version) -> StackPlan:
-    """A quantized stack as an earlier phase has left it."""
-    k, adapters = version.stack, params.adapters.trunk
-    lora = () if version.adapters is None or adapters is None else (_lora(adapters, k, learns=False),)
-    return StackPlan(
-        params.stack_model(k), params.stack_params(k).blocks, precision=params.trunk.precision_of(k), adapters=lora
-    )
+            return frozen_stack(params, version)
 
 
 def _lora(params: LoRAParams, k: int, *, learns: bool) -> LoRA:

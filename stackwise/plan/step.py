@@ -115,7 +115,7 @@ class _Rehearsal:
             self._embeddings = self._builder.embeddings(own, learns=step.embeddings_learn)
         self._stacks = [self._builder.stack(plan, step.compute, self._trunk_compute) for plan in step.window]
         self._head = self._builder.head(own, self._embeddings)
-        self._trunk = self._load_trunk() if step.below_stays else None
+        self._trunk = self._load_trunk() if step.below and step.below_stays else None
         self._learning = _learning(*self._stacks, self._head, self._embeddings)
         self._states = [Storage(meter, state_bytes(w.size, step.optimizer), "optimizer") for w in self._learning]
         if step.optimizer.in_backward:

@@ -76,7 +76,7 @@ def written(file: Path, changes: Changes) -> Path:
 
 def changed(tree: dict[str, Any], changes: Changes) -> dict[str, Any]:
     """A copy of params with other values at some dotted paths."""
-    tree = json.loads(json.dumps(tree))
+    tree, changes = json.loads(json.dumps([tree, changes]))
     for path, value in changes.items():
         *parents, last = path.split(".")
         node: Any = tree
