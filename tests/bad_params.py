@@ -382,6 +382,26 @@ CASES = [
         "trunk.precisions = [null, nf4, nf4]: expected at most 2 formats",
     ),
     _wrong(
+        "size of a cache that holds everything",
+        {"activations.time_step_cache_size": 2},
+        "activations.time_step_cache_size = 2: has no effect with store_all_time_steps: true",
+    ),
+    _wrong(
+        "as many time steps at once as there are",
+        {"activations": {"store_all_time_steps": False, "time_step_cache_size": 4}},
+        "activations.time_step_cache_size = 4: expected less than objective.variants (4)",
+    ),
+    _wrong(
+        "few of one time step",
+        {"activations": {"store_all_time_steps": False}, "objective.variants": 1},
+        "activations.store_all_time_steps = false: expected true: with objective.variants 1",
+    ),
+    _wrong(
+        "time steps without masks",
+        {"activations": {"store_all_time_steps": False}, "objective": {"type": "clm"}},
+        "activations.store_all_time_steps = false: expected true: with objective.type clm a sample has one time step",
+    ),
+    _wrong(
         "clipping while updating",
         {"optimizer.in_backward": True},
         "optimizer.grad_clip = 1.0: expected null with in_backward",

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from stackwise.artifacts.manifest import MANIFEST
-from stackwise.cache.sizes import boundary_bytes
+from stackwise.cache.sizes import boundary_bytes, boundary_shard_rows, rows_made
+from stackwise.config.objective import MASKED
 from stackwise.config.params import Params, load
 from stackwise.config.training import FineTuneParams
 from stackwise.errors import UserError
@@ -134,13 +135,16 @@ class _Planner:
         peak = self._steps(phase, rows.most)[-1][1]
         learns, frozen = self._members(phase)
         stored = sum(frozen.values())
+        flops = sum(number * cost.flops.total for number, cost in every)
+        if phase.cached and self._limited and self._corpus.samples is not None:
+            flops += self._rows_made(phase, self._corpus.samples)[1] * self._row(phase)[1]
         return StageCost(
             f"train_{phase.name}",
             learns=learns,
             frozen=frozen,
             device=peak.peak,
             host=PROCESS + peak.batches + (4 * (learns + stored) if self._device == "cuda" else 0),
-            flops=sum(number * cost.flops.total for number, cost in every),
+            flops=flops,
         )
 
     def _steps(self, phase: Phase, rows: int) -> list[tuple[int, Cost]]:
@@ -183,31 +187,57 @@ class _Planner:
 
     def _caching(self, phase: Phase) -> StageCost:
         params, samples = self._params, self._corpus.samples
-        below = phase.below
-        variants = params.objective.variants
-        limited = (params.activations.variants_at_once or variants) < variants
-        through = below if limited or self._from_tokens(phase) else below[-1:]
-        # Rows are computed 32 at a time, or fewer where they are long.
-        sizes = Sizes(batch=1, seq=params.seq_len, rows=0, causal=params.objective.looks_back)
-        compute = params.trunk.compute or params.compute.dtype
-        passes = [_cost_of_pass(frozen_stack(params, version), sizes, compute, self._device) for version in through]
-        one = max(cost.peak for cost in passes)
+        activations, variants = params.activations, self._variants
+        one, row = self._row(phase)
         stored = flops = None
         if samples is not None:
-            rows = samples * variants
-            flops = rows * sum(cost.flops.total for cost in passes)
+            flops = self._rows_made(phase, samples)[0] * row
             stored = boundary_bytes(
-                rows,
+                samples * variants,
                 params.seq_len,
                 params.model.d_model,
                 params.trunk.activations,
-                params.activations.shard_mb,
+                activations.shard_mb,
                 variants=variants,
-                at_once=params.activations.variants_at_once,
+                at_once=activations.time_steps_at_once,
             )
-        k = below[-1].stack
+        k = phase.below[-1].stack
         frozen: dict[str, int] = {params.trunk.precision_of(k): self._weights(k)}
         return StageCost(f"cache_activations_{phase.label}", frozen=frozen, device=one, cache=stored, flops=flops)
+
+    def _row(self, phase: Phase) -> tuple[int, int]:
+        """Of the boundary below a phase: the most memory while it is made (bytes), and the operations of a row."""
+        params, objective = self._params, self._params.objective
+        # Where few time steps are there at once, a boundary below may have them, but need not.
+        through = phase.below if self._limited or self._from_tokens(phase) else phase.below[-1:]
+        # Rows are computed 32 at a time, or fewer where they are long.
+        sizes = Sizes(batch=1, seq=params.seq_len, rows=0, causal=objective.looks_back, segments=params.model.document_mask)
+        compute = params.trunk.compute or params.compute.dtype
+        passes = [_cost_of_pass(frozen_stack(params, version), sizes, compute, self._device) for version in through]
+        return max(cost.peak for cost in passes), sum(cost.flops.total for cost in passes)
+
+    def _rows_made(self, phase: Phase, samples: int) -> tuple[int, int]:
+        """Rows of the boundary below a phase: those that are cached before it, and those that it makes again."""
+        params, own = self._params, self._params.stack_params(phase.stack)
+        return rows_made(
+            samples * self._variants,
+            boundary_shard_rows(
+                params.seq_len, params.model.d_model, params.trunk.activations, params.activations.shard_mb
+            ),
+            variants=self._variants,
+            at_once=params.activations.time_steps_at_once or self._variants,
+            passes=math.ceil(own.steps * own.batch_size / samples),
+        )
+
+    @property
+    def _variants(self) -> int:
+        """Mask variants of each sample in a cache."""
+        return self._params.objective.variants if self._params.objective.type in MASKED else 1
+
+    @property
+    def _limited(self) -> bool:
+        """Whether they are not all on disk at the same time."""
+        return (self._params.activations.time_steps_at_once or self._variants) < self._variants
 
     def _from_tokens(self, phase: Phase) -> bool:
         """Whether its boundary is computed through all stacks below, not from the boundary before."""

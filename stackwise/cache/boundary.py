@@ -188,8 +188,8 @@ class Boundaries:
     def open(self) -> Iterator["BoundaryReader"]:
         """A reader of the last boundary of the chain; what was missing has been made.
 
-        With `activations.variants_at_once` only so many mask variants are there; the reader makes the others when it
-        is asked for them.
+        Without `activations.store_all_time_steps` only some mask variants, the time steps of a sample, are there; the
+        reader makes the others when it is asked for them.
 
         Raises:
             UserError: the stores do not fit the byte budget.
@@ -243,7 +243,7 @@ class Boundaries:
 
     def _at_once(self, i: int) -> int:
         """How many mask variants of link `i` are on disk at the same time."""
-        return min(self._settings.variants_at_once or self._variants(i), self._variants(i))
+        return min(self._settings.time_steps_at_once or self._variants(i), self._variants(i))
 
     def _limited(self, i: int) -> bool:
         return self._at_once(i) < self._variants(i)

@@ -53,7 +53,8 @@ def make_room(store: Path, size: int, budget: int) -> None:
         needed = (excess + budget) / 1e9
         raise UserError(
             f"params.yaml: activations.budget_gb = {budget / 1e9:g}: the boundary that is being cached, with those "
-            f"in use, needs {needed:.3g}; raise it, or lower activations.variants_at_once or objective.variants"
+            f"in use, needs {needed:.3g}; raise it, lower objective.variants, or set activations.store_all_time_steps "
+            "to false"
         )
 
 

@@ -101,6 +101,34 @@ def shards_of(variants: Iterable[int], samples: int, shard_rows: int) -> set[int
     return {g for v in variants for g in range(v * samples // shard_rows, ((v + 1) * samples - 1) // shard_rows + 1)}
 
 
+def rows_made(rows: int, shard_rows: int, *, variants: int, at_once: int, passes: int) -> tuple[int, int]:
+    """Rows of a boundary that are computed when it is cached, and once more while a training visits its mask variants
+    in turn; more than none of the latter where not all are on disk at once.
+
+    Args:
+        rows: samples times mask variants.
+        shard_rows: rows of a shard, which is made whole.
+        variants: mask variants of each sample.
+        at_once: how many are on disk at the same time; another takes the place of the least recently visited.
+        passes: of the training over the samples, each under the next variant.
+    """
+    held, again = list(range(min(at_once, variants))), 0
+
+    def shards() -> set[int]:
+        return shards_of(held, rows // variants, shard_rows)
+
+    def size(made: Iterable[int]) -> int:
+        return sum(min(rows, (g + 1) * shard_rows) - g * shard_rows for g in made)
+
+    first = size(shards())
+    for variant in (p % variants for p in range(passes)):
+        before, known = shards(), variant in held
+        held = [*(v for v in held if v != variant), variant][-at_once:]
+        if not known:
+            again += size(shards() - before)
+    return first, again
+
+
 def boundary_bytes(
     rows: int,
     seq: int,
@@ -122,7 +150,7 @@ def boundary_bytes(
         activations: value of `trunk.activations`.
         shard_mb: `activations.shard_mb`.
         variants: mask variants of each sample.
-        at_once: `activations.variants_at_once`; the variants are visited in turn.
+        at_once: `activations.time_steps_at_once`; the variants are visited in turn.
     """
     shard_rows, held = boundary_shard_rows(seq, d_model, activations, shard_mb), min(at_once or variants, variants)
     row, last = row_bytes(seq, d_model, activations) + CRC_BYTES, -(-rows // shard_rows) - 1

@@ -59,9 +59,24 @@ class ActivationsParams(Section):
     """Size of a shard file (2^20 bytes); a store with shards of another size is made again."""
     prefetch: int = Field(default=4, ge=1)
     """Batches that the loader keeps ready."""
-    variants_at_once: int | None = Field(default=None, ge=1)
-    """Mask variants of a boundary that are on disk at the same time; others are made when training comes to them (null:
-    all)."""
+    store_all_time_steps: bool = True
+    """Whether the activations of all `objective.variants` time steps of a sample (a mask rate t and a mask, each with t
+    from another part of its range) are on disk at the same time. If not, `time_step_cache_size` are."""
+    time_step_cache_size: int = Field(default=1, ge=1)
+    """Time steps of each sample whose activations are on disk at the same time, without `store_all_time_steps`; others
+    take their place when training comes to them."""
     trunk: Literal["stream", "resident"] = "stream"
     """Where nothing is cached: the frozen stacks are read from disk one at a time in every step, or all kept in
     memory."""
+
+    @property
+    def time_steps_at_once(self) -> int | None:
+        """How many time steps of a sample are on disk at the same time; None: all."""
+        return None if self.store_all_time_steps else self.time_step_cache_size
+
+    def problems(self) -> list[tuple[str, str]]:
+        """A size of what is not limited."""
+        if not self.store_all_time_steps:
+            return []
+        message = "has no effect with store_all_time_steps: true: leave it out or set that to false"
+        return [(key, message) for key in self.changed(["time_step_cache_size"])]

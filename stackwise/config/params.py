@@ -130,6 +130,7 @@ class Params(Section):
         found += self._growth_problems()
         found += self._start_problems()
         found += self._export_problems()
+        found += self._time_step_problems()
         for k, overrides in enumerate(self.stacks[: self.n_stacks]):
             if overrides.init == "copy" and self.growth.copied_by(k) is None:
                 found.append((f"stacks.{k}.init", "there is no trained stack to copy: expected random or zero"))
@@ -221,6 +222,23 @@ class Params(Section):
                     message = f"expected a value for each of the n_stacks ({self.n_stacks}) stacks"
                     found.append((f"adapters.{kind}.{key}", message))
         return found
+
+    def _time_step_problems(self) -> list[tuple[str, str]]:
+        """Time steps of which there are not so many."""
+        at_once, objective = self.activations.time_steps_at_once, self.objective
+        if at_once is None:
+            return []
+        if objective.type not in MASKED:
+            message = f"expected true: with objective.type {objective.type} a sample has one time step"
+            return [("activations.store_all_time_steps", message)]
+        if at_once < objective.variants:
+            return []
+        if objective.variants == 1:
+            return [("activations.store_all_time_steps", "expected true: with objective.variants 1 there is one")]
+        message = (
+            f"expected less than objective.variants ({objective.variants}); for all, set store_all_time_steps to true"
+        )
+        return [("activations.time_step_cache_size", message)]
 
     def _objective_problems(self) -> list[tuple[str, str]]:
         """An objective that does not fit the data, the branches or the times of the stacks."""

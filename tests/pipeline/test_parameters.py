@@ -1,6 +1,7 @@
 """Every value of every parameter of architecture and objective goes through the pipeline and changes what it should."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,6 +241,35 @@ def cases() -> Iterator[Case]:
     stopping = {**steep, "stack.stop_every": 1, "stack.patience": 4}
     yield of("stack.patience", 1, base=stopping)
     yield of("stack.stop_samples", 2, base=stopping)
+
+
+UNTRACKED: dict[str, Changes] = {
+    "store_all_time_steps": {"activations.store_all_time_steps": False},
+    "time_step_cache_size": {"activations.store_all_time_steps": False, "activations.time_step_cache_size": 2},
+    "shard_mb": {"activations.shard_mb": 2},
+    "prefetch": {"activations.prefetch": 1},
+    "trunk": {"activations.trunk": "resident", "growth.cache_activations": False},
+    "every": {"checkpoint.every": 20},
+}
+"""Of the cache and the checkpoints."""
+
+
+def test_what_is_said_to_change_no_result_changes_none(
+    pipeline: Pipeline, record_property: Callable[[str, object], None]
+) -> None:
+    """The pipeline runs again for it, from nothing. A shard holds a third of a time step, and all are taken twice."""
+    data: Changes = {"seq_len": 128, "data.dummy_documents": 40, "model.d_model": 64, "trunk.activations": "fp32"}
+    base = {**data, "fine_tune": {}, "objective.variants": 3, "stack.steps": 60, "stack.batch_size": 8}
+    leave_out, stores = ("report", "evaluate"), Path(".stackwise/activations")
+    before, lines = pipeline.run(base, leave_out=leave_out), []
+    for name, change in UNTRACKED.items():
+        pipeline.forget()
+        shutil.rmtree(stores, ignore_errors=True)
+        after = pipeline.run({**base, **change}, leave_out=leave_out)
+        assert after == {stage: files for stage, files in before.items() if stage in after}
+        on_disk = len([path for path in stores.rglob("c/*/0/0") if path.is_file()])
+        lines.append(f"{name:<60}  0 of {len(after)} stages; {on_disk} shards on disk")
+    record_property(COVERED, "\n".join(lines))
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.meter import Meter
+from stackwise.cache.boundary import Boundaries
+from stackwise.config.compute import ActivationsParams
 from stackwise.config.params import Params
 from stackwise.data.tokens import open_tokens
 from stackwise.growth.run import GrowthRun
@@ -51,6 +53,7 @@ CASES: dict[str, Changes] = {
     "qlora, unfreezing": {**REGIMES["qlora, window all"], "growth.unfreeze": 0.5},
     "streamed, thin": {**REGIMES["blockwise, not cached"], **THIN},
     "streamed, thin, fused": {**REGIMES["fused, frozen"], **THIN, "trunk.precision": "nf4"},
+    "clm": {"objective": {"type": "clm"}, "model.document_mask": True},
     "resident, thin": {**REGIMES["fused, frozen"], **THIN, "activations.trunk": "resident"},
 }
 
@@ -142,3 +145,34 @@ def test_the_plan_is_what_training_takes(
             line = f"{name:<25} {phase.name:<16} plan / measured: operations {operations:.4f}, memory {memory:.4f}"
             lines.append(line)
     record_property(COVERED, "\n".join(lines))
+
+
+def test_the_plan_of_few_time_steps_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes is made again while others train."""
+    few: Changes = {"store_all_time_steps": False, "time_step_cache_size": 2, "shard_mb": 1}
+    case: Changes = {"activations": few, "objective.variants": 4, "stack.steps": 80, "n_stacks": 2, "seq_len": 64}
+    params = Params.model_validate(changed(BASE, {**COMMON, **case}))
+    made, complete = [], Boundaries._complete
+
+    def watched(*arguments: Any) -> None:  # by whichever thread needs it
+        with Meter() as meter:
+            complete(*arguments)
+        made.append(meter.flops)
+
+    monkeypatch.setattr(Boundaries, "_complete", watched)
+    with inside(tmp_path):
+        run = GrowthRun(params, tmp_path, device=CPU)
+        samples = len(open_tokens(run.tokens(), params.seq_len).train)
+        planned, plain = (
+            {cost.name: cost for cost in costs(params.model_copy(update=update), Corpus(VOCAB, samples), "cpu")}
+            for update in ({}, {"activations": ActivationsParams()})
+        )
+        first, second = run.phases
+        run.train(first, Silent())
+        run.inputs(second)
+        assert sum(made) == planned["cache_activations_1"].flops
+        made.clear()
+        run.train(second, Silent())
+        again = planned["train_stack_1"].flops - plain["train_stack_1"].flops
+        assert sum(made) == again > 0
+        assert planned["cache_activations_1"].cache < plain["cache_activations_1"].cache

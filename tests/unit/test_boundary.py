@@ -267,7 +267,8 @@ def test_the_artifact_tells_what_the_format_costs(
     assert low <= facts["relative_error"] <= high
     with Boundaries(source, device=CPU).open():
         assert Boundaries(source, device=CPU).facts() == facts
-    elsewhere = place.source(params_of(tmp_path / "b", activations, activations={"variants_at_once": 1}), Link(3, 5))
+    few = params_of(tmp_path / "b", activations, activations={"store_all_time_steps": False})
+    elsewhere = place.source(few, Link(3, 5))
     assert Boundaries(elsewhere, device=CPU).facts() == facts
 
     with manifest.publish(tmp_path / "boundary", kind="boundary", params={}) as draft:
@@ -425,7 +426,8 @@ class Watched:
 
 
 def limited(directory: Path, at_once: int | None, **more: Any) -> Params:
-    return params_of(directory, activations={"variants_at_once": at_once, **more})
+    few = {} if at_once is None else {"store_all_time_steps": False, "time_step_cache_size": at_once}
+    return params_of(directory, activations={**few, **more})
 
 
 def batches_of(place: Place, params: Params, reader: BoundaryReader) -> BoundaryBatches:
@@ -614,7 +616,7 @@ def test_the_budget_counts_what_is_there_at_once(place: Place, tmp_path: Path) -
     with Boundaries(place.source(params, Link(2, 2)), device=CPU).open() as reader:
         for v in range(VARIANTS):
             reader.read(np.array([v * SAMPLES]))
-    message = r"activations\.budget_gb = .* raise it, or lower activations\.variants_at_once or objective\.variants"
+    message = r"activations\.budget_gb = .* lower objective\.variants, or set activations\.store_all_time_steps"
     for at_once in (2, None):
         with (
             pytest.raises(UserError, match=message),

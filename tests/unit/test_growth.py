@@ -653,7 +653,7 @@ def test_stores_in_use_are_not_evicted(place: Place) -> None:
         place.rows(1, seed=2, **budgeted(2))
         assert there(place, range(3)) == [0, 2]
         assert torch.equal(all_rows(reader), rows)
-        message = r"activations\.budget_gb = 0\.00248.*with those in use, needs 0\.00493; raise it, or lower"
+        message = r"activations\.budget_gb = 0\.00248.*with those in use, needs 0\.00493; raise it, lower"
         with pytest.raises(UserError, match=message):
             place.rows(1, seed=3, **budgeted(1))
     assert len(shards_of(place.store(1))) == 3
@@ -764,7 +764,8 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "activations__budget_gb": 1.0,
     "activations__shard_mb": 3,
     "activations__prefetch": 1,
-    "activations__variants_at_once": 1,
+    "activations__store_all_time_steps": False,
+    "activations__time_step_cache_size": 2,
     "activations__trunk": "resident",
 }
 
