@@ -17,6 +17,7 @@ import yaml
 
 from stackwise import variants
 from stackwise.config.generation import CAUSAL_ONLY, UNMASKING_ONLY, SamplesParams
+from stackwise.config.growth import LoRAParams
 from stackwise.config.params import Params, load
 from stackwise.config.training import FineTuneParams, StackParams
 from stackwise.data.sources import find_files
@@ -345,9 +346,10 @@ def _training(params: Params, every: list[Phase], phase: Phase) -> Stage:
     if roles & {"weights", "adapters"}:
         keys.append("growth.unfreeze")
     if "lora" in roles:
-        keys.append("adapters.stack")
+        keys += _adapter_keys(params.adapters.stack, "stack", phase.new)
     if "adapters" in roles:
-        keys.append("adapters.trunk")
+        # Those that have adapters go on with them as they are.
+        keys += _adapter_keys(params.adapters.trunk, "trunk", [v.stack for v in phase.older if v.adapters is None])
     if needs.known is not None:
         arguments["known"] = needs.known
         keys += ["growth.consistency", *_mask_rate_keys(params, needs.known)]
@@ -371,6 +373,15 @@ def _training(params: Params, every: list[Phase], phase: Phase) -> Stage:
         ),
         threads=params.compute.threads,
     )
+
+
+def _adapter_keys(settings: LoRAParams | None, kind: str, stacks: Iterable[int]) -> list[str]:
+    """The keys that a training depends on in which some stacks begin to have adapters of a kind."""
+    if settings is None or settings.strategy != "variable":
+        return [f"adapters.{kind}"]
+    by_stack = ("ranks", "alphas")
+    keys = [name for name in LoRAParams.model_fields if name not in by_stack]
+    return [f"adapters.{kind}.{key}" for key in (*keys, *(f"{name}.{k}" for name in by_stack for k in stacks))]
 
 
 def _distinct(keys: Iterable[str]) -> tuple[str, ...]:

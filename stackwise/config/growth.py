@@ -184,8 +184,9 @@ class LoRAParams(Section):
 
     def alpha_of(self, k: int) -> float:
         """The alpha of stack `k`'s adapters."""
-        if self.strategy == "variable" and self.alphas:
-            return self.alphas[k]
+        if self.strategy == "variable":
+            own: float | None = self.alphas[k] if k < len(self.alphas) else None  # a view has None for none
+            return self.alpha if own is None else own
         return _follow(self.alpha_pattern, self.alpha, k)
 
     def problems(self) -> list[tuple[str, str]]:

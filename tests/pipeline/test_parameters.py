@@ -207,6 +207,14 @@ def cases() -> Iterator[Case]:
     yield of("adapters.trunk.rank", 3, stack_1, base=qlora)
     yield of("adapters.trunk.lr", 1.0e-3, stack_1, base=qlora)
     yield of("trunk.precision", "nf4", "quantize_trunk_0", base=qlora)
+    # of single stacks: those below keep what they have
+    each: dict[str, Any] = {"strategy": "variable", "ranks": [2, 2, 2]}
+    loras: Changes = {**g, "adapters.stack": {**each, "alphas": [4.0, 4.0, 4.0]}}
+    yield of("adapters.stack.ranks.1", 3, stack_1, base=loras)
+    yield of("adapters.stack.ranks.2", 3, "train_stack_2", base=loras)
+    yield of("adapters.stack.alphas.2", 8.0, "train_stack_2", base=loras)
+    yield of("adapters.trunk.ranks.0", 3, stack_1, base={**g, **qlora, "adapters.trunk": each})
+    yield of("adapters.trunk.ranks.1", 3, "train_stack_2", base={**g, **qlora, "adapters.trunk": each})
     # whoever loads adapters merges them: what is made of the rack is the same
     unmerged = "evaluate_fused fine_tune_clm fine_tune_mlm evaluate_clm evaluate_mlm"
     yield of("adapters.merge", False, "fuse", base=lora, spared=unmerged)

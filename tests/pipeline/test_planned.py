@@ -173,6 +173,6 @@ def test_the_plan_of_few_time_steps_at_once(tmp_path: Path, monkeypatch: pytest.
         assert sum(made) == planned["cache_activations_1"].flops
         made.clear()
         run.train(second, Silent())
-        again = planned["train_stack_1"].flops - plain["train_stack_1"].flops
+        again = (planned["train_stack_1"].flops or 0) - (plain["train_stack_1"].flops or 0)
         assert sum(made) == again > 0
-        assert planned["cache_activations_1"].cache < plain["cache_activations_1"].cache
+        assert (planned["cache_activations_1"].cache or 0) < (plain["cache_activations_1"].cache or 0)
