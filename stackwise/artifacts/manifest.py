@@ -88,15 +88,21 @@ def publish(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read(path: Path, kind: str) -> Artifact:
+def read(path: Path, kind: str, *, remedy: str | None = None) -> Artifact:
     """Open an artifact and verify every byte of it.
+
+    Args:
+        path: its directory.
+        kind: what it must be.
+        remedy: what to do if it cannot be used, for the message (None: what remakes it in a pipeline).
 
     Raises:
         UserError: it is missing, incomplete, damaged, of another kind or of another format version.
     """
     manifest_path = path / MANIFEST
+    absent = remedy or REMEDY
     # Damage that leaves a file's size and time as they were escapes DVC, so it has to go first.
-    remedy = f"run `rm -r {path}`, then `dvc repro` or `snakemake`, which remake it"
+    remedy = remedy or f"run `rm -r {path}`, then `dvc repro` or `snakemake`, which remake it"
     try:
         raw = manifest_path.read_bytes()
         manifest = json.loads(raw)
@@ -105,14 +111,14 @@ def read(path: Path, kind: str) -> Artifact:
         files = {path / name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         artifact = Artifact(path, kind, hashlib.sha256(raw).hexdigest(), manifest["facts"], manifest["inputs"])
     except FileNotFoundError:
-        raise UserError(f"{manifest_path}: missing, so this is no complete {kind}; {REMEDY}") from None
+        raise UserError(f"{manifest_path}: missing, so this is no complete {kind}; {absent}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{manifest_path}: damaged (not a manifest); {remedy}") from None
     if not intact:
         raise UserError(f"{manifest_path}: damaged (its content does not match its own digest); {remedy}")
     if found != (FORMAT, kind):
         expected = f"format {FORMAT} of kind {kind}"
-        raise UserError(f"{manifest_path}: format {found[0]} of kind {found[1]}, expected {expected}; {REMEDY}")
+        raise UserError(f"{manifest_path}: format {found[0]} of kind {found[1]}, expected {expected}; {absent}")
     for file, (size, digest) in files.items():
         try:
             actual = file.stat().st_size

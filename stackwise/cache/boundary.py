@@ -27,7 +27,7 @@ from stackwise.cache.sizes import DTYPES, boundary_bytes, boundary_shard_rows, r
 from stackwise.cache.store import ActivationStore, DamagedShard, DamagedStore, StoreLayout
 from stackwise.cache.variants import HeldVariants
 from stackwise.config.params import Params
-from stackwise.data.tokens import TokenDataset
+from stackwise.data.tokens import TokenDataset, Tokens
 from stackwise.errors import UserError
 from stackwise.growth.stack_objectives import objective_of_stack
 from stackwise.model.context import Context, segments_of_documents
@@ -99,6 +99,15 @@ class Source:
     is wanted."""
     words: Words | None = None
     """Where whole words are masked."""
+
+    @classmethod
+    def of(
+        cls, params: Params, artifact: Artifact, tokens: Tokens, trunk: Sequence[TrunkStack], chain: Sequence[Link]
+    ) -> Self:
+        """Of the training split of a tokens artifact, which is open as `tokens`."""
+        vocabulary = tokens.vocabulary
+        words = Words(tokens.word_starts, vocabulary.eos_id)
+        return cls(params, artifact, tokens.train, vocabulary.mask_id, vocabulary.eos_id, trunk, chain, words)
 
     def __post_init__(self) -> None:
         depths = [0, *(link.depth for link in self.chain)]

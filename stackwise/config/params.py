@@ -353,7 +353,7 @@ def load(path: str | Path = "params.yaml") -> Params:
     if not isinstance(tree, dict):
         content = "is empty" if tree is None else f"holds {_show(tree)}"
         raise UserError(f"{path}: {content}; expected a mapping of sections, as in docs/parameters.md")
-    found = list(_find_problems(tree))
+    found = list(find_problems(tree))
     if len(found) == 1:
         raise UserError(f"{path}: {found[0]}")
     if found:
@@ -439,7 +439,7 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}{where}: not valid YAML: {what}") from None
 
 
-def _find_problems(tree: dict[str, Any]) -> Iterator[str]:
+def find_problems(tree: dict[str, Any]) -> Iterator[str]:
     """Every problem of a params file, a line each; a bad value hides no problem elsewhere."""
     reported: set[tuple[str, ...]] = set()
     try:

@@ -216,7 +216,7 @@ class _Builder:
         initialize(stack, name=f"stacks.{k}", seed=self._params.seed)
         init = self._params.stack_params(k).init
         if init == "copy" and self._ground.copies is not None:
-            _copy_blocks(latest(self._ground.trainings, self._ground.copies).load_stack(), stack)
+            copy_blocks(latest(self._ground.trainings, self._ground.copies).load_stack(), stack)
         if init == "zero":
             _zero_outputs(stack)
         return stack
@@ -232,7 +232,7 @@ class _Builder:
         self.adapters[k] = kind
 
 
-def _copy_blocks(source: Stack, target: Stack) -> None:
+def copy_blocks(source: Stack, target: Stack) -> None:
     """Copy weights block by block, beginning again from the lowest where the target has more blocks."""
     for i, block in enumerate(target.blocks):
         block.load_state_dict(source.blocks[i % len(source.blocks)].state_dict())

@@ -21,7 +21,7 @@ from stackwise.growth.phases import Member
 from stackwise.growth.stack_objectives import objective_of_stack, order_of_stack
 from stackwise.growth.stacks import Training
 from stackwise.growth.tuning import train_window
-from stackwise.growth.validation import ValidatedCheckpoints, Validation, held_out_batches, held_out_objective
+from stackwise.growth.validation import Validation, held_out_batches, held_out_objective
 from stackwise.growth.window import Batch
 from stackwise.objectives.words import Words
 from stackwise.precision.trunk import TrunkStack
@@ -127,7 +127,7 @@ def train_phase(
     )
     from_tokens = token_batches(inputs, tokens)
     objective = from_tokens.objective
-    begin_step, stopping, best = assembly.window.begin_step, None, None
+    stopping = None
     if own.stop_every is not None:
         validation = Validation(
             assembly.window,
@@ -136,9 +136,7 @@ def train_phase(
             device=device,
             dtype=params.compute.dtype,
         )
-        begin_step, best = validation.begin_step, validation.best
         stopping = EarlyStopping(validation.loss, own.stop_every, own.patience)
-        checkpoints = ValidatedCheckpoints(checkpoints.file, best)
     with phase_batches(inputs, tokens, from_tokens, device=device, progress=progress) as batches:
         losses = train_window(
             params,
@@ -148,7 +146,6 @@ def train_phase(
             steps=own.steps,
             lr=own.lr,
             lrs=assembly.rates(params.adapters) if assembly.adapters else {},
-            begin_step=begin_step,
             stopping=stopping,
             device=device,
             checkpoints=checkpoints,
@@ -156,7 +153,7 @@ def train_phase(
         )
     assembly.window.cpu()
     before = inputs.trainings[-1].artifact.facts["steps_in_all"] if inputs.trainings else 0
-    return TrainedPhase(assembly, losses, before, None if best is None else best.step)
+    return TrainedPhase(assembly, losses, before, None if stopping is None else stopping.best.step)
 
 
 def token_batches(inputs: PhaseInputs, tokens: Tokens) -> TokenBatches:
@@ -234,18 +231,7 @@ def _held_out(inputs: PhaseInputs, tokens: Tokens, trunk: StreamedTrunk | None, 
 
 def boundary_source(inputs: PhaseInputs, tokens: Tokens) -> Source:
     """What determines the boundary that a training reads."""
-    vocabulary = tokens.vocabulary
-    words = Words(tokens.word_starts, vocabulary.eos_id)
-    return Source(
-        inputs.params,
-        inputs.tokens,
-        tokens.train,
-        vocabulary.mask_id,
-        vocabulary.eos_id,
-        inputs.below,
-        inputs.chain,
-        words,
-    )
+    return Source.of(inputs.params, inputs.tokens, tokens, inputs.below, inputs.chain)
 
 
 def streamed_trunk(inputs: PhaseInputs, device: torch.device, *, resident: bool) -> StreamedTrunk:

@@ -30,7 +30,6 @@ def train_window(
     steps: int,
     lr: float,
     lrs: Mapping[str, float] | None = None,
-    begin_step: Callable[[int], None] | None = None,
     stopping: EarlyStopping | None = None,
     device: torch.device,
     checkpoints: Checkpoints,
@@ -46,7 +45,6 @@ def train_window(
         steps: how many.
         lr: peak learning rate.
         lrs: those of parameters that have another, by name.
-        begin_step: called with the number of each step in place of `window.begin_step`, which it must call.
         stopping: when to stop before the last step.
         device: computes.
         checkpoints: of this run; they stay when it has ended, until its result is published.
@@ -61,7 +59,7 @@ def train_window(
         Run(
             module=window.to(device),
             batches=batches,
-            begin_step=begin_step or window.begin_step,
+            begin_step=window.begin_step,
             loss=partial(window.loss, device=device, causal=causal),
             steps=steps,
             lr=lr,

@@ -1,13 +1,10 @@
 """The loss of a window on held-out text, while it trains."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
 from stackwise.config.objective import MASKED, ObjectiveParams
 from stackwise.data.tokens import Tokens
@@ -17,7 +14,6 @@ from stackwise.model.context import Context, segments_of_documents
 from stackwise.objectives.held_out import BoundObjective, spread
 from stackwise.objectives.targets import CausalObjective, CustomObjective, Objective
 from stackwise.precision.dtypes import autocast
-from stackwise.training.checkpoint import Checkpoints
 
 
 def held_out_batches(
@@ -76,7 +72,7 @@ def held_out_objective(params: ObjectiveParams, tokens: Tokens, seed: int) -> Ob
 
 
 class Validation:
-    """The validation loss of a window while it trains, and after which step it was the best."""
+    """The validation loss of a window while it trains."""
 
     def __init__(
         self, window: Window, batches: Sequence[Batch], *, causal: bool, device: torch.device, dtype: str
@@ -91,47 +87,14 @@ class Validation:
         """
         self._window, self._batches, self._causal = window, batches, causal
         self._device, self._dtype = device, dtype
-        self._done = 0
-        self.best = Best()
-
-    def begin_step(self, step: int) -> None:
-        """Before each training step (from 0): as of the window."""
-        self._window.begin_step(step)
-        self._done = step + 1
 
     def loss(self) -> float:
-        """The mean over all samples of the window in evaluation mode (nats per token)."""
+        """The mean over all samples of the window, which is in evaluation mode (nats per token): what training adds to
+        the loss, such as the balance of experts, does not count."""
         device, causal = self._device, self._causal
         with torch.no_grad(), autocast(device, self._dtype):
             losses = [
                 float(self._window.loss(batch, device=device, causal=causal)) * len(batch.inputs)
                 for batch in self._batches
             ]
-        loss = math.fsum(losses) / sum(len(batch.inputs) for batch in self._batches)
-        if loss < self.best.loss:
-            self.best.step, self.best.loss = self._done, loss
-        return loss
-
-
-@dataclass
-class Best:
-    """The validation that was the best so far."""
-
-    step: int = 0
-    """Steps done then; 0: there was none, or none that was finite."""
-    loss: float = math.inf
-
-
-@dataclass(frozen=True)
-class ValidatedCheckpoints(Checkpoints):
-    """Checkpoints that also bring back which validation was the best."""
-
-    best: Best
-
-    def load(
-        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> tuple[int, dict[str, Any]]:
-        """As of all checkpoints."""
-        step, facts = super().load(parameters, optimizer)
-        vars(self.best).update(facts.get("best", {}))
-        return step, facts
+        return math.fsum(losses) / sum(len(batch.inputs) for batch in self._batches)

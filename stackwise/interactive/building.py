@@ -10,7 +10,7 @@ from torch import nn
 from stackwise.config.compute import Precision
 from stackwise.config.growth import BuildingMode, LoRAParams
 from stackwise.errors import UserError
-from stackwise.growth.assembly import Assembly, Ground, _copy_blocks, assemble
+from stackwise.growth.assembly import Assembly, Ground, assemble, copy_blocks
 from stackwise.growth.phases import Member
 from stackwise.interactive.configuring import StackWiseConfig, check_choice
 from stackwise.model.rack import Rack, empty_rack
@@ -157,7 +157,7 @@ class ProgressiveRackBuilder:
             for place, stack in zip(new, drawn.window.stacks, strict=True):
                 init = self._config.params.stack_params(place.number).init
                 if init == "copy" and place.neighbour is not None:
-                    _copy_blocks(modules[place.neighbour], stack)  # type: ignore[arg-type]
+                    copy_blocks(modules[place.neighbour], stack)  # type: ignore[arg-type]
                 modules[place.number] = stack
         ends = old or drawn.window
         whole = drawn.shape if old is None else old.shape

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from stackwise.config.params import Params, _find_problems, read_yaml
+from stackwise.config.params import Params, find_problems, read_yaml
 from stackwise.errors import UserError
 
 
@@ -33,7 +33,7 @@ class StackWiseConfig:
         """
         if not isinstance(tree, dict):
             raise UserError(f"{name} = {tree!r}: expected a mapping of sections, as in docs/parameters.md")
-        problems = list(_find_problems(tree))
+        problems = list(find_problems(tree))
         if len(problems) == 1:
             raise UserError(f"{name}: {problems[0]}")
         if problems:

@@ -183,13 +183,8 @@ class ProgressiveTrainer:
 
     def _saved(self, name: str, path: str, kind: str) -> Artifact:
         """An artifact among what was saved of a run."""
-        try:
-            return read(self._directory / name / RECORD / path, kind)
-        except UserError as error:
-            found = str(error).partition(";")[0]
-            raise UserError(
-                f"run_id = {name}: {found}; save_full_precision({name!r}) saves it again, if the run is still whole"
-            ) from None
+        remedy = f"save_full_precision({name!r}) saves it again, if the run is still whole"
+        return read(self._directory / name / RECORD / path, kind, remedy=remedy)
 
 
 def _paths(record: Artifact) -> list[tuple[str, str]]:

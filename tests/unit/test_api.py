@@ -317,7 +317,7 @@ def test_a_run_has_one_config(trainer: ProgressiveTrainer) -> None:
 def test_full_precision_is_kept_held_against_its_digests_and_restored(tmp_path: Path) -> None:
     trainer = ProgressiveTrainer(config(**{**QLORA, "n_stacks": 3}), tmp_path)
     rack = trainer.train_rack("run")
-    with pytest.raises(UserError, match=r"run_id = run: .*manifest\.json: missing.*save_full_precision\('run'\)"):
+    with pytest.raises(UserError, match=r"run/.*manifest\.json: missing.*save_full_precision\('run'\)"):
         trainer.validate_full_precision("run")
     trainer.save_full_precision("run")
     digests = trainer.validate_full_precision("run")
@@ -336,7 +336,7 @@ def test_full_precision_is_kept_held_against_its_digests_and_restored(tmp_path: 
     saved = tmp_path / "run/full_precision/artifacts/stacks/0/stack_0.safetensors"
     saved.write_bytes(content[:-1] + b"\x01")
     for use in (trainer.validate_full_precision, trainer.restore_full_precision, trainer.reconstruct_rack):
-        with pytest.raises(UserError, match=r"run_id = run: .*stack_0\.safetensors: damaged .*save_full_precision"):
+        with pytest.raises(UserError, match=r"run/.*stack_0\.safetensors: damaged .*save_full_precision"):
             use("run")
     assert lost.read_bytes() == content
 

@@ -21,7 +21,6 @@ from stackwise.data.tokens import open_tokens
 from stackwise.growth.stacks import KIND as STACK
 from stackwise.growth.stacks import Training
 from stackwise.growth.trunk import trunk_of
-from stackwise.objectives.words import Words
 from stackwise.precision.trunk import KIND as TRUNK
 from stackwise.training.device import set_up
 
@@ -51,11 +50,7 @@ def work(run: StageRun) -> None:
     tokens = open_tokens(tokens_artifact, params.seq_len)
     adapted = [Training(run.read(f"adapted.{i}", path, STACK)) for i, path in enumerate(args.adapted)]
     trunk = trunk_of([run.read(f"trunk.{i}", path, TRUNK) for i, path in enumerate(args.trunk)], adapted)
-    vocabulary = tokens.vocabulary
-    words = Words(tokens.word_starts, vocabulary.eos_id)
-    source = Source(
-        params, tokens_artifact, tokens.train, vocabulary.mask_id, vocabulary.eos_id, trunk, args.chain, words
-    )
+    source = Source.of(params, tokens_artifact, tokens, trunk, args.chain)
     boundaries = Boundaries(source, device=device, progress=run.rows_made)
     with boundaries.open(), run.publish(args.out, KIND) as draft:
         draft.facts |= boundaries.facts()
