@@ -211,7 +211,9 @@ class _Planner:
         # Where few time steps are there at once, a boundary below may have them, but need not.
         through = phase.below if self._limited or self._from_tokens(phase) else phase.below[-1:]
         # Rows are computed 32 at a time, or fewer where they are long.
-        sizes = Sizes(batch=1, seq=params.seq_len, rows=0, causal=objective.looks_back, segments=params.model.document_mask)
+        sizes = Sizes(
+            batch=1, seq=params.seq_len, rows=0, causal=objective.looks_back, segments=params.model.document_mask
+        )
         compute = params.trunk.compute or params.compute.dtype
         passes = [_cost_of_pass(frozen_stack(params, version), sizes, compute, self._device) for version in through]
         return max(cost.peak for cost in passes), sum(cost.flops.total for cost in passes)
