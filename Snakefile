@@ -40,6 +40,7 @@ def receipts(*names):
     return [STAGE[name].receipt for name in names if name in STAGE]
 
 
+INSIDE = ("similarity", "boundaries", "lens", "lens_text", "attention", "maps")
 REPORTING = any(word.split("=")[0] == "--report" for word in sys.argv)
 
 
@@ -60,7 +61,7 @@ if REPORTING:
 
     rule figures:
         input:
-            ancient(receipts("report")),
+            ancient(receipts("report", "analyse")),
         output:
             report(
                 "artifacts/report/losses.svg",
@@ -77,6 +78,33 @@ if REPORTING:
                 caption="workflow/report/masked_nll.rst",
                 category="Quality",
             ),
+            report(
+                "artifacts/report/exits.svg",
+                caption="workflow/report/exits.rst",
+                category="Quality",
+            ),
+            [
+                report(
+                    "artifacts/report/choices.svg",
+                    caption="workflow/report/choices.rst",
+                    category="Quality",
+                )
+            ][: int(bool(PARAMS.evaluate.choices))],
+            [
+                report(
+                    "artifacts/report/sample_quality.svg",
+                    caption="workflow/report/sample_quality.rst",
+                    category="Samples",
+                )
+            ][: int("score_samples" in STAGE)],
+            [
+                report(
+                    f"artifacts/analysis/{name}.svg",
+                    caption=f"workflow/report/{name}.rst",
+                    category="Inside",
+                )
+                for name in INSIDE
+            ],
             report(
                 "artifacts/report/samples.html",
                 caption="workflow/report/samples.rst",

@@ -108,6 +108,7 @@ def _tiny(stacks: int) -> dict[str, Any]:
         "compute": {"threads": 1},
         "fine_tune": {"clm": branch, "mlm": branch, "diffusion": branch},
         "evaluate": {"samples": 8, "draws": 2, "batch_size": 8},
+        "analyse": {"samples": 4},
         "samples": {"number": 1, "steps": 4},
         "export": {},
         "tracking": {"enabled": False},

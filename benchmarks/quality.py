@@ -84,6 +84,7 @@ BASE: dict[str, Any] = {
     "joint": {},
     "fine_tune": {},
     "evaluate": {"samples": 512, "draws": 4, "mask_rates": [0.5]},
+    "analyse": {},
     "samples": {},
     "export": {},
     "activations": {"budget_gb": 8.0},

@@ -27,6 +27,7 @@ joint: {batch_size: 4}
 fine_tune:
   clm: {steps: 8, batch_size: 4, lr: 1.0e-3}
 evaluate: {samples: 8}
+analyse: {}
 samples: {}
 export: {}
 activations: {}
@@ -123,6 +124,19 @@ CASES = [
     _wrong("list for a mapping", {"stack": [1, 2]}, "stack = [1, 2]: expected a mapping of keys to values"),
     _wrong("number for a mapping", {"joint": 3}, "joint = 3: expected a mapping of keys to values"),
     _wrong("text for a list", {"evaluate.mask_rates": "0.5"}, "evaluate.mask_rates = '0.5': expected a list"),
+    _wrong("text for a file of questions", {"evaluate.choices": ["a.jsonl"]}, "evaluate.choices.0 = a.jsonl: expected"),
+    _wrong("questions without a file", {"evaluate.choices": [{"draws": 3}]}, "evaluate.choices.0.file: missing"),
+    _wrong(
+        "two files of questions of one name",
+        {"evaluate.choices": [{"file": "a/quiz.jsonl"}, {"file": "b/quiz.jsonl"}]},
+        "evaluate.choices.1.file = b/quiz.jsonl: metrics know files by their names: expected one 'quiz'",
+    ),
+    _wrong(
+        "scorer that is not causal",
+        {"evaluate.scorer": "fused"},
+        "evaluate.scorer = fused: expected null or clm: the causal models of this pipeline",
+    ),
+    _wrong("rates of the analysis", {"analyse.mask_rates": [0.5, 0.2]}, "analyse.mask_rates = [0.5, 0.2]: expected"),
     _raw("not a number", "3.0e-3", ".nan", "stack.lr = .nan: expected a number above 0"),
     _raw("infinite", "3.0e-3", ".inf", "stack.lr = .inf: expected a number above 0"),
     # --- ranges and choices

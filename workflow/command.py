@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from stackwise.errors import UserError
-from workflow import export, generate, importing, plan
+from workflow import evaluate, export, generate, importing, plan
 
 
 def main() -> None:
@@ -23,6 +23,9 @@ def main() -> None:
     bringing = commands.add_parser("import", help="a model of Transformers as a rack")
     importing.declare(bringing)
     bringing.set_defaults(run=importing.run)
+    evaluating = commands.add_parser("evaluate", help="what a trained model is worth: held-out text, own text, quizzes")
+    evaluate.declare(evaluating)
+    evaluating.set_defaults(run=evaluate.run)
     arguments = parser.parse_args()
     try:
         arguments.run(arguments)

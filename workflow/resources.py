@@ -13,6 +13,8 @@ between them."""
 _USUAL_VOCABULARY = 50_000
 """Before the tokenizer is there."""
 _COMPUTING = ("cache_activations", "train_stack", "tune_jointly", "fine_tune", "evaluate", "sample")
+_READING = {"analyse": 2, "answer_choices": 1, "score_samples": 1}
+"""Scripts that read whole racks, and how many at once."""
 
 
 def resources(params: Params, stages: Iterable[Stage]) -> dict[str, dict[str, int]]:
@@ -24,8 +26,11 @@ def resources(params: Params, stages: Iterable[Stage]) -> dict[str, dict[str, in
     for stage in stages:
         cost = planned.get(stage.name)
         memory = 2 * PROCESS if cost is None else cost.host + (0 if gpu else _SLACK * cost.device)
+        if racks := _READING.get(stage.script):
+            one = planned["evaluate_fused"]
+            memory = PROCESS + racks * (one.host - PROCESS + (0 if gpu else _SLACK * one.device))
         found[stage.name] = {"mem_mb": round(memory / 1e6)}
-        if stage.script in _COMPUTING:
+        if stage.script in (*_COMPUTING, *_READING):
             found[stage.name]["gpu"] = gpu
         if stage.script == "cache_activations":
             found[stage.name]["disk_mb"] = round(1000 * params.activations.budget_gb)

@@ -70,7 +70,31 @@ WINDOWS = (
 )
 EVALUATION = (
     *(*FUSING, *TOKENS, *DEVICE, *OBJECTIVES, HELD_OUT),
-    *("stackwise/config/evaluation.py", "stackwise/config/training.py", "stackwise/inference/evaluation.py"),
+    *("stackwise/config/evaluation.py", "stackwise/config/training.py"),
+    *(f"stackwise/inference/{name}.py" for name in ("depth", "evaluation", "intervals")),
+)
+SCORING = (
+    *(*RACKS, *TOKENS, *DEVICE, *OBJECTIVES, "stackwise/data/choices.py", "stackwise/precision/dtypes.py"),
+    *(f"stackwise/inference/{name}.py" for name in ("choices", "intervals", "scoring")),
+    *("stackwise/config/data.py", "stackwise/data/tokenizer.py"),
+)
+SCORING_SAMPLES = (
+    *(*RACKS, *TOKENS, *DEVICE, *OBJECTIVES, HELD_OUT, "stackwise/config/data.py", "stackwise/data/tokenizer.py"),
+    *("stackwise/generation/prompts.py", "stackwise/precision/dtypes.py"),
+    *(f"stackwise/inference/{name}.py" for name in ("intervals", "samples", "scoring")),
+)
+ANALYSIS = (
+    *(
+        *RACKS,
+        *TOKENS,
+        *DEVICE,
+        *OBJECTIVES,
+        HELD_OUT,
+        "stackwise/precision/dtypes.py",
+        "stackwise/config/evaluation.py",
+    ),
+    *(f"stackwise/inference/{name}.py" for name in ("depth", "evaluation", "intervals")),
+    *("stackwise/analysis", "workflow/figures.py", "workflow/inside.py"),
 )
 SAMPLING = (
     *(*RACKS, *DEVICE, "stackwise/config/generation.py", "stackwise/generation", "stackwise/objectives/draws.py"),
@@ -88,6 +112,7 @@ EXPORTING = (
 )
 TOKENIZER_SOURCES = ("growth.start", "model.embeddings.source", "model.head.source")
 """Models that a tokenizer may come along with."""
+EVALUATED = tuple(f"evaluate.{name}" for name in ("samples", "draws", "batch_size", "mask_rates"))
 DETERMINISM = ("compute.device", "compute.deterministic")
 """Parameters that every stage reads that computes with torch."""
 
@@ -121,6 +146,8 @@ class Stage:
     """Small JSON files that it makes, kept in git."""
     plots: tuple[str, ...] = ()
     """Likewise: lists of points, for `dvc plots`."""
+    abscissa: str = "step"
+    """The key of the points that goes to the right."""
     params: tuple[str, ...] = ()
     """The keys of params.yaml that it may read; ALL is the whole file."""
     defaulted: frozenset[str] = frozenset()
@@ -163,10 +190,10 @@ def table(params: Params) -> list[Stage]:
             name="check_params",
             script="check_params",
             params=(ALL,),
-            inputs=(*_matrices(params), *_start_files(params)),
+            inputs=(*_matrices(params), *_start_files(params), *_choices(params)),
             sources=(
-                *("stackwise/config", "stackwise/errors.py", "stackwise/growth/pretrained.py"),
-                "stackwise/huggingface/checkpoint.py",
+                *("stackwise/config", "stackwise/data/choices.py", "stackwise/errors.py"),
+                *("stackwise/growth/pretrained.py", "stackwise/huggingface/checkpoint.py"),
             ),
         ),
         *_data_stages(params),
@@ -200,6 +227,11 @@ def _start_files(params: Params) -> tuple[str, ...]:
     """The files on this disk that hold the model that growth starts with."""
     start = params.growth.start
     return () if start is None else tuple(files_to_watch(start))
+
+
+def _choices(params: Params) -> tuple[str, ...]:
+    """The files of multiple-choice questions."""
+    return tuple(own.file for own in params.evaluate.choices)
 
 
 def _tokenizer_files(directory: Path) -> list[str]:
@@ -508,6 +540,16 @@ def _model_stages(params: Params) -> Iterator[Stage]:
             yield _sampling(params, name, path, samples[-1], learned == "clm", sources)
     for name in params.export.models:
         yield _export(params, name, models[name], unmerged if name == "fused" else ())
+    choosing: list[str] = []
+    for name, path in models.items() if params.evaluate.choices else ():
+        choosing.append(f"metrics/choices/{name}.json")
+        yield _choosing(params, name, path, choosing[-1], everything, unmerged if name == "fused" else ())
+    causal = {name: path for name, path in models.items() if _is_causal(params, name)}
+    yield _analysis(params, models, causal, everything, unmerged)
+    scored = ()
+    if samples and (scorer := params.evaluate.scorer or next(iter(causal), None)) is not None:
+        scored = ("metrics/samples.json",)
+        yield _scoring(params, causal[scorer], samples, *scored, (*unmerged, *architectures))
     measured = [phase.name for phase in every if len(phase.kept) == len(phase.order)]
     depths = tuple(f"metrics/{name}.json" for name in measured)
     metrics = tuple(f"metrics/{name}.json" for name in models)
@@ -521,12 +563,15 @@ def _model_stages(params: Params) -> Iterator[Stage]:
             "depths": depths,
             "metrics": metrics,
             "losses": losses,
+            **({"choices": choosing} if choosing else {}),
+            **({"scores": scored} if scored else {}),
             "depth": "metrics/depth.json",
             "out": "artifacts/report",
         },
-        inputs=(*samples, *depths, *metrics, *losses),
+        inputs=(*samples, *depths, *metrics, *losses, *choosing, *scored),
         outputs=("artifacts/report",),
         plots=("metrics/depth.json",),
+        abscissa="training",
         sources=(*ARTIFACTS, "workflow/figures.py"),
     )
 
@@ -583,8 +628,82 @@ def _evaluation(
         arguments={"name": name, **model, "tokens": "artifacts/tokens", "out": out},
         inputs=(*_path_arguments(model), "artifacts/tokens"),
         metrics=(out,),
-        params=("seed", "seq_len", "evaluate", *objective, *DETERMINISM, "compute.dtype", "compute.branch_threads"),
+        params=(*("seed", "seq_len"), *EVALUATED, *objective, *DETERMINISM, "compute.dtype", "compute.branch_threads"),
         sources=(*EVALUATION, *adapters, *_variants(params, *stacks)),
+        threads=params.compute.branch_threads,
+    )
+
+
+def _choosing(
+    params: Params, name: str, model: str, out: str, stacks: Sequence[int], adapters: tuple[str, ...]
+) -> Stage:
+    """The multiple-choice questions that a model answers."""
+    return Stage(
+        name=f"answer_choices_{name}",
+        script="answer_choices",
+        arguments={"name": name, "model": model, "tokens": "artifacts/tokens", "out": out},
+        inputs=(model, "artifacts/tokens", *_choices(params)),
+        metrics=(out,),
+        params=(
+            *("seed", "seq_len", "evaluate.choices", "evaluate.batch_size"),
+            *(*DETERMINISM, "compute.dtype", "compute.branch_threads"),
+        ),
+        sources=(*SCORING, *adapters, *_variants(params, *stacks)),
+        threads=params.compute.branch_threads,
+    )
+
+
+def _is_causal(params: Params, name: str) -> bool:
+    """Whether the positions of a model only look back."""
+    own = params.objective
+    return name == "clm" or (name == "fused" and (own.type == "clm" or (own.type == "custom" and own.causal)))
+
+
+def _scoring(params: Params, scorer: str, samples: list[str], out: str, sources: tuple[str, ...]) -> Stage:
+    """What a causal model makes of the texts of all."""
+    return Stage(
+        name="score_samples",
+        script="score_samples",
+        arguments={"scorer": scorer, "samples": samples, "tokens": "artifacts/tokens", "out": out},
+        inputs=(scorer, *samples, "artifacts/tokens"),
+        metrics=(out,),
+        params=(
+            *("seed", "seq_len", "evaluate.batch_size", *DETERMINISM),
+            *("compute.dtype", "compute.branch_threads"),
+        ),
+        sources=(*SCORING_SAMPLES, *sources),
+        threads=params.compute.branch_threads,
+    )
+
+
+def _analysis(
+    params: Params,
+    models: Mapping[str, str],
+    causal: Mapping[str, str],
+    stacks: Sequence[int],
+    adapters: tuple[str, ...],
+) -> Stage:
+    """What is to be seen inside the first bidirectional model and the first causal one."""
+    shown = [next((name for name in models if (name in causal) is kind), None) for kind in (False, True)]
+    roles = {role: name for role, name in zip(("bidirectional", "causal"), shown, strict=True) if name is not None}
+    return Stage(
+        name="analyse",
+        script="analyse",
+        arguments={
+            **{role: models[name] for role, name in roles.items()},
+            "tokens": "artifacts/tokens",
+            **({"labelled": ""} if params.objective.type == "custom" else {}),
+            "metrics": "metrics/analysis.json",
+            "boundaries": "metrics/boundaries.json",
+            "out": "artifacts/analysis",
+        },
+        inputs=(*(models[name] for name in roles.values()), "artifacts/tokens"),
+        outputs=("artifacts/analysis",),
+        metrics=("metrics/analysis.json",),
+        plots=("metrics/boundaries.json",),
+        abscissa="boundary",
+        params=("seed", "seq_len", "analyse", *DETERMINISM, "compute.dtype", "compute.branch_threads"),
+        sources=(*ANALYSIS, *(adapters if "fused" in roles.values() else ()), *_variants(params, *stacks)),
         threads=params.compute.branch_threads,
     )
 
@@ -617,8 +736,7 @@ def dvc_yaml(stages: list[Stage]) -> str:
         if stage.metrics:
             entry["metrics"] = [{m: {"cache": False}} for m in stage.metrics]
         if stage.plots:
-            x = "training" if stage.name == "report" else "step"
-            entry["plots"] = [{p: {"cache": False, "x": x}} for p in stage.plots]
+            entry["plots"] = [{p: {"cache": False, "x": stage.abscissa}} for p in stage.plots]
         body[stage.name] = entry
     text = yaml.dump({"stages": body}, Dumper=yaml.CSafeDumper, sort_keys=False, width=120)
     return f"# Rendered from the table in workflow/stages.py and params.yaml by `{RENDER}`. Do not edit.\n{text}"

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from stackwise.config.allowed import as_yaml, at, dereference, in_words
+from stackwise.config.analysis import AnalyseParams
 from stackwise.config.compute import ActivationsParams, ComputeParams, TrunkParams
 from stackwise.config.data import DataParams, TokenizerParams
 from stackwise.config.evaluation import EvaluateParams
@@ -77,6 +78,8 @@ class Params(Section):
     """Fine-tuning branches of the fused rack."""
     evaluate: EvaluateParams
     """What is measured on held-out text."""
+    analyse: AnalyseParams
+    """What is looked at inside the trained rack."""
     samples: SamplesParams
     """The texts that each model writes for the report."""
     export: ExportParams
@@ -131,6 +134,7 @@ class Params(Section):
         found += self._start_problems()
         found += self._export_problems()
         found += self._time_step_problems()
+        found += self._scorer_problems()
         for k, overrides in enumerate(self.stacks[: self.n_stacks]):
             if overrides.init == "copy" and self.growth.copied_by(k) is None:
                 found.append((f"stacks.{k}.init", "there is no trained stack to copy: expected random or zero"))
@@ -199,6 +203,14 @@ class Params(Section):
         message = f"expected names of models: {', '.join(there)}"
         return [("export.models", message)] if set(self.export.models) - set(there) else []
 
+    def _scorer_problems(self) -> list[tuple[str, str]]:
+        """A scorer that is no causal model."""
+        causal = [*(["fused"] if self.objective.type == "clm" else []), *(["clm"] if self.fine_tune.clm else [])]
+        if self.evaluate.scorer is None or self.evaluate.scorer in causal:
+            return []
+        known = f"expected null or {' or '.join(causal)}" if causal else "expected null"
+        return [("evaluate.scorer", f"{known}: the causal models of this pipeline")]
+
     def _adapter_problems(self) -> list[tuple[str, str]]:
         """Adapters that nobody has, or that somebody must have."""
         growth, found = self.growth, []
@@ -260,6 +272,9 @@ class Params(Section):
             if self.tokenizer.type not in ("byte", "pretrained"):
                 message = "expected byte or pretrained, because with objective.type custom documents are ids, not text"
                 found.append(("tokenizer.type", message))
+            if self.evaluate.choices:
+                message = "expected [], because with objective.type custom the documents are not whole texts"
+                found.append(("evaluate.choices", message))
             for branch in FineTuneParams.model_fields:
                 if getattr(self.fine_tune, branch) is not None:
                     message = "expected null, because with objective.type custom the documents are not whole texts"

@@ -120,8 +120,11 @@ def _rows(root: Schema, section: Schema, prefix: str, *, deep: bool) -> Iterator
         if is_section and deep and part.get("default") is not None:
             default = ""  # those of its keys, which follow
         yield f"`{prefix}{name}`", in_words(root, part), default, _meaning(root, part)
+        item = dereference(root, inner["items"]) if isinstance(inner.get("items"), dict) else {}
         if is_section and deep:
             yield from _rows(root, inner, f"{prefix}{name}.", deep=True)
+        elif "properties" in item and deep:
+            yield from _rows(root, item, f"{prefix}{name}.<i>.", deep=True)
 
 
 def _meaning(root: Schema, part: Schema) -> str:

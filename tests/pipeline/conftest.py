@@ -44,6 +44,7 @@ TINY: dict[str, Any] = {
         "diffusion": {"steps": 8, "batch_size": 4, "lr": 1.0e-3},
     },
     "evaluate": {"samples": 8, "draws": 2, "batch_size": 8},
+    "analyse": {"samples": 4, "tokens": 8, "heads": 2},
     "samples": {"number": 1, "steps": 4},
     "export": {},
     "checkpoint": {"every": 5},

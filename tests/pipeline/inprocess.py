@@ -32,13 +32,14 @@ BASE: dict[str, Any] = {
     "joint": {"batch_size": 4},
     "fine_tune": {"clm": {"steps": 2, "batch_size": 4}, "mlm": {"steps": 2, "batch_size": 4}},
     "evaluate": {"samples": 4, "draws": 1, "mask_rates": [0.5]},
+    "analyse": {"samples": 2, "mask_rates": [0.5], "tokens": 8, "heads": 1},
     "samples": {"number": 1, "steps": 2},
     "export": {},
     "activations": {"shard_mb": 1},
     "checkpoint": {},
     "tracking": {"enabled": False},
 }
-SHOWING = ("sample", "report")
+SHOWING = ("sample", "score_samples", "report")
 """Scripts of what is shown of the models."""
 Changes = Mapping[str, Any]
 """Values by dotted path of params.yaml."""

@@ -20,6 +20,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     with project(root) as found:
         pretrained(root)
         own_targets(root)
+        questions(root)
         yield found
 
 
@@ -51,6 +52,12 @@ def own_targets(root: Path) -> None:
             ids = torch.randint(0, 200, (40,), generator=generator).tolist()
             labels = [-100 if i % 3 == 0 else (x + 1) % 200 for i, x in enumerate(ids)]
             file.write(json.dumps({"ids": ids, "labels": labels}) + "\n")
+
+
+def questions(root: Path) -> None:
+    """Questions with choices that have more masks than are drawn."""
+    row = {"prompt": "a", "choices": [" long one", " other"], "answer": 0}
+    (root / "quiz.jsonl").write_text((json.dumps(row) + "\n") * 3)
 
 
 # --- the cases
@@ -243,6 +250,15 @@ def cases() -> Iterator[Case]:
         to_others: Changes = {"export.models": models}
         yield of("export.dtype", "bf16", f"export_{models[0]}", base=to_others)
     yield of("export.models", ["clm", "fused"], "export_fused", base={"export.models": ["clm"]})
+    # evaluation and analysis
+    quiz: Changes = {"evaluate.choices": [{"file": "quiz.jsonl", "draws": 2}]}
+    yield of("evaluate.choices", quiz["evaluate.choices"], "answer_choices_fused")
+    # a causal model reads a choice as it is
+    yield of("evaluate.choices.0.draws", 5, "answer_choices_fused", base={**quiz, "fine_tune.mlm": None})
+    yield of("analyse.samples", 3, "analyse")
+    yield of("analyse.mask_rates", [0.25], "analyse")
+    yield of("analyse.tokens", 6, "analyse")
+    yield of("analyse.heads", 2, "analyse")
     # early stopping
     steep: Changes = {"stack.steps": 12, "stack.lr": 0.3, "optimizer.schedule": "constant"}
     yield of("stack.stop_every", 2, base=steep)
@@ -322,7 +338,7 @@ def test_samples(
 ) -> None:
     before = pipeline.run(base, leave_out=())
     after = pipeline.run({**base, f"samples.{key}": value}, leave_out=())
-    assert {name for name in after if after[name] != before[name]} == expected | {"report"}
+    assert {name for name in after if after[name] != before[name]} == expected | {"report", "score_samples"}
     record_property(COVERED, f"{f'samples.{key}={value}'[:60]:<60} {len(expected):>2} of {len(after)} stages")
 
 

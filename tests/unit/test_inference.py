@@ -126,15 +126,18 @@ def test_unigram_counts_training_and_scores_validation(tmp_path: Path, text: np.
     found = evaluator(tmp_path, text).unigram()
     assert found["nats_per_token"] == pytest.approx(nats.mean())
     error = nats.mean(axis=1).std(ddof=1) / math.sqrt(SAMPLES) / math.log(2) / BYTES_PER_TOKEN
-    assert found["standard_error_bits_per_byte"] == pytest.approx(error)
+    half = 2.04522964 * error  # Student's t with 29 degrees of freedom
+    assert found["bits_per_byte_high"] - found["bits_per_byte"] == pytest.approx(half)
+    assert found["bits_per_byte"] - found["bits_per_byte_low"] == pytest.approx(half)
 
 
-def test_standard_error_of_one_sample_is_none(tmp_path: Path, text: np.ndarray) -> None:
-    assert evaluator(tmp_path, text[:1]).unigram()["standard_error_bits_per_byte"] == 0.0
+def test_the_interval_of_one_sample_is_a_point(tmp_path: Path, text: np.ndarray) -> None:
+    found = evaluator(tmp_path, text[:1]).unigram()
+    assert found["bits_per_byte_low"] == found["bits_per_byte"] == found["bits_per_byte_high"]
 
 
-def test_standard_error_covers_the_truth(tmp_path: Path) -> None:
-    """In 40 sets of data the mean lies within two errors of the truth about as often as it should."""
+def test_the_interval_covers_the_truth(tmp_path: Path) -> None:
+    """In 40 sets of data it holds the truth about as often as it should."""
     probabilities = np.random.default_rng(1).dirichlet(np.ones(VOCAB))
     counts = np.arange(VOCAB) * 3 + 1
     truth = float(-(probabilities * np.log(counts / counts.sum())).sum()) / math.log(2) / BYTES_PER_TOKEN
@@ -142,7 +145,7 @@ def test_standard_error_covers_the_truth(tmp_path: Path) -> None:
     for seed in range(40):
         samples = np.random.default_rng(seed).choice(VOCAB, (SAMPLES, SEQ), p=probabilities)
         found = evaluator(tmp_path, samples).unigram()
-        within += abs(found["bits_per_byte"] - truth) < 2 * found["standard_error_bits_per_byte"]
+        within += found["bits_per_byte_low"] < truth < found["bits_per_byte_high"]
     assert 34 <= within <= 40
 
 

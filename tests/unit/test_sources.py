@@ -31,6 +31,7 @@ def full_params() -> Params:
     tree["joint"]["share"] = 0.5
     tree["fine_tune"] = {name: {} for name in type(params.fine_tune).model_fields}
     tree["model"] |= {"tie_embeddings": True, "embeddings": {"source": "some/model"}}
+    tree["evaluate"]["choices"] = [{"file": "some/choices.jsonl"}]
     tree["tokenizer"] = {"type": "pretrained", "vocab_size": None}
     attention: list[dict[str, object]] = [
         {"type": "standard"},

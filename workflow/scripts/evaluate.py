@@ -11,6 +11,9 @@ from workflow.stage import StageRun, check_params, run_stage
 if __name__ == "__main__":
     check_params()  # before the imports that take seconds
 
+import numpy as np
+import torch
+
 from stackwise.config.training import FineTuneParams
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
@@ -20,7 +23,9 @@ from stackwise.growth.racks import load_rack
 from stackwise.growth.stacks import KIND as STACK
 from stackwise.growth.stacks import Training
 from stackwise.growth.trunk import adapted_stacks
-from stackwise.inference.evaluation import Evaluator
+from stackwise.inference.depth import costs
+from stackwise.inference.evaluation import Evaluator, Metrics
+from stackwise.model.rack import Rack
 from stackwise.precision.trunk import KIND as TRUNK
 from stackwise.training.device import set_up
 
@@ -54,15 +59,38 @@ def work(run: StageRun) -> None:
     evaluator = Evaluator(tokens, params.evaluate, params.seed, device, params.compute.dtype)
     rack = rack.to(device).eval()
     learned = args.name if args.name in FineTuneParams.model_fields else params.objective.type
-    if learned == "clm":
-        metrics = {"next_token": evaluator.next_token(rack)}
-    elif learned == "custom":
-        metrics = {"labelled": evaluator.labelled(rack, causal=params.objective.causal)}
-    else:
+    figure = {"clm": "next_token", "custom": "labelled"}.get(learned, "nelbo")
+    causal = learned == "clm" or (learned == "custom" and params.objective.causal)
+    if args.model:
+        metrics = _by_depth(run, evaluator, rack, figure, causal=causal)
+    elif figure == "nelbo":
         metrics = evaluator.diffusion(rack)
+    elif figure == "next_token":
+        metrics = {figure: evaluator.next_token(rack)}
+    else:
+        metrics = {figure: evaluator.labelled(rack, causal=causal)}
     metrics["unigram"] = evaluator.unigram(labelled=learned == "custom")
     run.write_json(args.out, metrics)
     run.report_metrics(args.name, metrics, depth=args.depth)
+
+
+def _by_depth(run: StageRun, evaluator: Evaluator, rack: Rack, figure: str, *, causal: bool) -> Metrics:
+    """What the rack is worth whole and stopped after each stack, with the operations that each takes. Seconds, which
+    differ from run to run, go to the record."""
+    depths = evaluator.by_depth(rack, figure, causal=causal)
+    batch = np.arange(min(run.params.evaluate.batch_size, len(evaluator.tokens.validation)))
+    tokens = torch.from_numpy(evaluator.tokens.validation.samples(batch)).to(evaluator.device)
+    found = costs(rack, tokens, causal=causal, dtype=evaluator.dtype)
+    seconds = {f"{run.arguments.name}.depths.{k}.seconds_per_sample": cost.seconds for k, cost in enumerate(found)}
+    run.record.add("result", values=seconds)
+    return {
+        figure: depths[-1],
+        **({"masked": evaluator.masked(rack)} if figure == "nelbo" else {}),
+        "depths": {
+            str(k): {figure: own, "operations_per_token": cost.operations}
+            for k, (own, cost) in enumerate(zip(depths, found, strict=True))
+        },
+    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     check_params()  # before the imports that take seconds
 
 from stackwise.artifacts.manifest import Artifact
-from workflow.figures import depth_curve, loss_curves, main_figure, masked_nll
+from workflow.figures import choices, depth_curve, exits, loss_curves, main_figure, masked_nll, sample_quality
 
 KIND, SAMPLES = "report", "samples"
 
@@ -26,6 +26,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", type=Path, nargs="+", required=True, help="metrics after each training, in order")
     parser.add_argument("--metrics", type=Path, nargs="+", required=True, help="metrics of the models, in order")
     parser.add_argument("--losses", type=Path, nargs="+", required=True, help="loss curves")
+    parser.add_argument("--choices", type=Path, nargs="+", default=[], help="metrics of multiple-choice questions")
+    parser.add_argument("--scores", type=Path, help="metrics of the texts of the models")
     parser.add_argument("--depth", type=Path, required=True, help="JSON file to write: the bound or NLL by depth")
     parser.add_argument("--out", type=Path, required=True, help="artifact to write")
 
@@ -43,6 +45,11 @@ def work(run: StageRun) -> None:
         loss_curves({path.stem: run.read_json(path) for path in args.losses}, draft.directory / "losses.svg")
         depth_curve(depths, draft.directory / "depth.svg")
         masked_nll(diffusion, draft.directory / "masked_nll.svg")
+        exits({name: m["depths"] for name, m in metrics.items()}, draft.directory / "exits.svg")
+        if args.choices:
+            choices({path.stem: run.read_json(path) for path in args.choices}, draft.directory / "choices.svg")
+        if args.scores:
+            sample_quality(run.read_json(args.scores), draft.directory / "sample_quality.svg")
         (draft.directory / "samples.html").write_text(_page(samples), encoding="utf-8")
 
 

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness (Gao et al. 2024) for racks: `python -m stackwise.harness`."""
