@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from stackwise.artifacts.manifest import publish
+from stackwise.artifacts.manifest import publish, read
 from stackwise.config.data import TokenizerParams
 from stackwise.data.tokenizer import build_tokenizer, encode, save_tokenizer
 from stackwise.data.tokens import Vocabulary
 from stackwise.errors import UserError
 from stackwise.growth.racks import KIND, facts_of, save_rack
+from stackwise.huggingface.exporting import export_rack
 from stackwise.inference.scoring import BoundScorer, CausalScorer, Question, question
 from stackwise.model.rack import Rack
 from tests.unit.small import CPU, new_rack
@@ -60,7 +61,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rack = rack_of_bytes()
             save_rack(draft.directory, rack, root / "tokenizer")
             draft.facts |= facts_of(rack, objective="clm" if causal else name, causal=causal, seq_len=SEQ)
-    save_as_llama(rack_of_bytes(), root / "tokenizer", root / "llama")
+    (root / "llama").mkdir()
+    assert export_rack(read(root / "causal", KIND), root / "llama", name="tiny").architecture == "LlamaForCausalLM"
     rows = [{**row, "text": "A long text is read in windows. " * 4} for row in QUESTIONS]
     (root / "data").mkdir()
     (root / "data/quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -70,40 +72,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: data/quiz.jsonl}}}}\n"
         (root / f"tasks/{name}.yaml").write_text(f"{head}test_split: test\ntarget_delimiter: ''{text}")
     return root
-
-
-def save_as_llama(rack: Rack, tokenizer: Path, directory: Path) -> None:
-    """The same mathematics under the names of transformers."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    model = rack.shape.model
-    llama: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=BYTES,
-            hidden_size=model.d_model,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=SEQ,
-            rms_norm_eps=model.norm_eps,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=BYTES - 1,
-        )
-    )
-    names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attention": "self_attn"}
-    weights = {
-        "model.embed_tokens.weight": rack.embeddings.table,
-        "model.norm.weight": rack.head.norm.weight,
-        "lm_head.weight": rack.head.weight,
-    }
-    for k, stack in enumerate(rack.stacks):
-        for name, weight in stack.blocks[0].state_dict().items():  # type: ignore[index, union-attr]
-            first, _, rest = name.partition(".")
-            weights[f"model.layers.{k}.{names.get(first, first)}.{rest}"] = weight
-    assert llama.load_state_dict(weights, strict=False).unexpected_keys == []
-    llama.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 
 
 @pytest.fixture(autouse=True)
