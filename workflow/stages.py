@@ -546,10 +546,10 @@ def _model_stages(params: Params) -> Iterator[Stage]:
         yield _choosing(params, name, path, choosing[-1], everything, unmerged if name == "fused" else ())
     causal = {name: path for name, path in models.items() if _is_causal(params, name)}
     yield _analysis(params, models, causal, everything, unmerged)
-    scored = ()
+    scored: list[str] = []
     if samples and (scorer := params.evaluate.scorer or next(iter(causal), None)) is not None:
-        scored = ("metrics/samples.json",)
-        yield _scoring(params, causal[scorer], samples, *scored, (*unmerged, *architectures))
+        scored = ["metrics/samples.json"]
+        yield _scoring(params, causal[scorer], samples, scored[0], (*unmerged, *architectures))
     measured = [phase.name for phase in every if len(phase.kept) == len(phase.order)]
     depths = tuple(f"metrics/{name}.json" for name in measured)
     metrics = tuple(f"metrics/{name}.json" for name in models)

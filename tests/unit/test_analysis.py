@@ -112,8 +112,11 @@ def test_weights_are_those_of_the_layer(settings: dict[str, Any], causal: bool, 
 
 
 def test_kernels_have_no_weights() -> None:
-    for settings in ({"type": "kernel", "n_heads": 2}, {"type": "mlgka", "n_heads": 2, "n_kv_heads": 1, "mla_rkv": 8}):
-        params = ModelParams(d_model=16, attention=AttentionParams(**settings), mlp=MLPParams(hidden=8))
+    for attention in (
+        AttentionParams(type="kernel", n_heads=2),
+        AttentionParams(type="mlgka", n_heads=2, n_kv_heads=1, mla_rkv=8),
+    ):
+        params = ModelParams(d_model=16, attention=attention, mlp=MLPParams(hidden=8))
         assert attention_weights(build_attention(params), normal(1, 4, 16), Context()) is None
 
 

@@ -156,7 +156,8 @@ def test_it_writes_up_to_a_stop_and_within_its_length(room: Path) -> None:
         return Instance("generate_until", {}, (context, arguments), 0)
 
     for name in ("causal", "diffusion"):
-        model = RackLM(str(room / name), **({"steps": 4} if name == "diffusion" else {}))
+        sampling: dict[str, Any] = {"steps": 4} if name == "diffusion" else {}
+        model = RackLM(str(room / name), **sampling)
         long, short = model.generate_until([asked("x" * 200, max_gen_toks=5), asked("", until=["e"])])
         assert len(long.encode()) <= 5 * 4
         assert "e" not in short

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
 
@@ -39,7 +40,11 @@ def work(run: StageRun) -> None:
     artifact = run.read("model", args.model, RACK)
     rack = load_rack(artifact.path).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer)
-    sizes = {"batch_size": params.evaluate.batch_size, "seq_len": params.seq_len, "dtype": params.compute.dtype}
+    sizes: dict[str, Any] = {
+        "batch_size": params.evaluate.batch_size,
+        "seq_len": params.seq_len,
+        "dtype": params.compute.dtype,
+    }
     metrics = {}
     for own in params.evaluate.choices:
         rows = read_choices(Path(own.file))

@@ -41,8 +41,7 @@ def work(run: StageRun) -> None:
     device = set_up(params.compute, threads=params.compute.branch_threads, seed=params.seed)
     tokens = open_tokens(run.read("tokens", args.tokens, TOKENS), params.seq_len)
     rack = load_rack(run.read("scorer", args.scorer, RACK).path).to(device).eval()
-    sizes = {"batch_size": params.evaluate.batch_size, "dtype": params.compute.dtype}
-    scorer = CausalScorer(rack, tokens.vocabulary, device, **sizes)
+    scorer = CausalScorer(rack, tokens.vocabulary, device, params.compute.dtype, params.evaluate.batch_size)
     metrics: Metrics = {}
     made = {path.name: _texts(run, path) for path in args.samples}
     held_out = tokens.validation.samples(spread(len(tokens.validation), max(map(len, made.values())))).tolist()
@@ -53,7 +52,7 @@ def work(run: StageRun) -> None:
         rest = [text["ids"][len(ids) :] for text, ids in zip(own, given, strict=True)]
         pairs = [(text, ids) for text, ids in zip(rest, given, strict=True) if text]
         if pairs:  # a model may end every text at once
-            metrics[name] = weighed(*map(list, zip(*pairs, strict=True)), scorer)
+            metrics[name] = weighed([text for text, _ in pairs], [ids for _, ids in pairs], scorer)
     for name, own in metrics.items():
         run.say(f"{name}: perplexity {own['perplexity']:.1f}, token entropy {own['token_entropy']:.2f} bits")
     run.write_json(args.out, metrics)
