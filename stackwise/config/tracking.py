@@ -14,3 +14,5 @@ class TrackingParams(Section):
     """Name of the MLflow experiment."""
     system_metrics: bool = True
     """Log CPU, memory and GPU use while a stage runs."""
+    registry: bool = True
+    """Register fused and fine-tuned models as versions of models named `<experiment>-<model>`."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import psutil
 
-from stackwise.tracking.record import FOLLOWER_LOCK, RECORDS
+from stackwise.tracking.record import FOLLOWER_LOCK, RECORDS, read_record
 
 if TYPE_CHECKING:  # importing mlflow takes a second: only the process that holds the lock does it
     from mlflow.entities import DatasetInput, Metric, Run
@@ -166,6 +166,7 @@ class Experiment:
         from mlflow import MlflowClient
 
         self.client = MlflowClient(uri)
+        self.name = name
         self._pipelines: dict[str, Pipeline] = {}
         found = self.client.get_experiment_by_name(name)
         self.id: str = found.experiment_id if found else self.client.create_experiment(name)
@@ -347,6 +348,8 @@ class Execution:
 
     def _push(self, events: Events, experiment: Experiment, pipeline: Pipeline) -> None:
         """Log gathered events, then keep how far that is."""
+        if events.end and events.end["status"] == "finished" and self.tracking.get("registry"):
+            self._register(experiment)
         experiment.log(self.progress.run, params=events.params, tags=events.tags, metrics=events.metrics)
         experiment.log(pipeline.run_id, metrics=events.of_pipeline)
         if events.datasets:
@@ -354,6 +357,22 @@ class Execution:
         for file, text in events.texts.items():
             experiment.client.log_text(self.progress.run, text, file)
         self.progress.save(self.record)
+
+    def _register(self, experiment: Experiment) -> None:
+        """Register what has been made, and tell the registry what has been measured; a failure is said, no more."""
+        from stackwise.registry.interface import MODELS
+        from stackwise.registry.registering import Registry
+
+        events = read_record(self.record)
+        if not any(event.get("kind") in MODELS for event in events):
+            return
+        registry = Registry(experiment.client, experiment.name, experiment.id)
+        try:
+            for name in registry.register(self.progress.run, events):
+                say(f"{self.record.name}: registered {name}")
+            registry.log_metrics(self.progress.run, events)
+        except Exception as error:  # of any kind, as all that MLflow raises
+            say(f"{self.record.name}: not registered in {self.progress.uri}: {error}")
 
     def _watch_machine(self, *, resumed: bool) -> None:
         """Log the use of CPU, memory, disk, network and GPU: of the whole machine, not of the stage alone."""
