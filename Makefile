@@ -5,7 +5,7 @@ PYTHON ?= python3
 CORES ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 ENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: fused_model test check lock
+.PHONY: fused_model test check docs lock
 
 # The whole pipeline: the fused model, its fine-tuning branches, metrics and figures.
 fused_model: .venv/ready
@@ -24,6 +24,10 @@ check: .venv/ready
 	$(ENV) python -m workflow.stages --check
 	$(ENV) python -m stackwise.config.schema --check
 
+# The documentation, into site/; a warning, such as a link that leads nowhere, is an error.
+docs: .venv/ready
+	$(ENV) sphinx-build --fail-on-warning --keep-going --quiet --jobs auto docs site
+
 .venv/ready: requirements.lock pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and 'error: PYTHON=$(PYTHON) is ' + sys.version.split()[0] + '; expected 3.11, 3.12 or 3.13: make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv .venv
@@ -35,7 +39,7 @@ check: .venv/ready
 lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet $$(grep ^torch== requirements.lock) ".[dev]"
+	.venv-lock/bin/python -m pip install --quiet $$(grep ^torch== requirements.lock) ".[dev,docs]"
 	{ sed -n '/^#/p' requirements.lock; .venv-lock/bin/python -m pip freeze --exclude stackwise | sed 's/+cpu$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 	rm -rf .venv-lock build stackwise.egg-info

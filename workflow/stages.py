@@ -29,6 +29,8 @@ from stackwise.huggingface.checkpoint import files_to_watch
 
 RECEIPTS = Path(".stackwise/receipts")
 RENDER = "python -m workflow.stages"
+DEPTH_CURVE, BOUNDARY_CURVES = "metrics/depth.json", "metrics/boundaries.json"
+SUMMARY = "metrics/summary.json"
 
 # The sources that a stage uses, by room. tests/unit/test_sources.py holds them against what each script imports.
 ARTIFACTS = ("stackwise/artifacts/manifest.py", "stackwise/errors.py")
@@ -146,8 +148,6 @@ class Stage:
     """Small JSON files that it makes, kept in git."""
     plots: tuple[str, ...] = ()
     """Likewise: lists of points, for `dvc plots`."""
-    abscissa: str = "step"
-    """The key of the points that goes to the right."""
     params: tuple[str, ...] = ()
     """The keys of params.yaml that it may read; ALL is the whole file."""
     defaulted: frozenset[str] = frozenset()
@@ -565,14 +565,15 @@ def _model_stages(params: Params) -> Iterator[Stage]:
             "losses": losses,
             **({"choices": choosing} if choosing else {}),
             **({"scores": scored} if scored else {}),
-            "depth": "metrics/depth.json",
+            "depth": DEPTH_CURVE,
+            "summary": SUMMARY,
             "out": "artifacts/report",
         },
         inputs=(*samples, *depths, *metrics, *losses, *choosing, *scored),
         outputs=("artifacts/report",),
-        plots=("metrics/depth.json",),
-        abscissa="training",
-        sources=(*ARTIFACTS, "workflow/figures.py"),
+        metrics=(SUMMARY,),
+        plots=(DEPTH_CURVE,),
+        sources=(*ARTIFACTS, "workflow/figures.py", "workflow/summary.py"),
     )
 
 
@@ -694,14 +695,13 @@ def _analysis(
             "tokens": "artifacts/tokens",
             **({"labelled": ""} if params.objective.type == "custom" else {}),
             "metrics": "metrics/analysis.json",
-            "boundaries": "metrics/boundaries.json",
+            "boundaries": BOUNDARY_CURVES,
             "out": "artifacts/analysis",
         },
         inputs=(*(models[name] for name in roles.values()), "artifacts/tokens"),
         outputs=("artifacts/analysis",),
         metrics=("metrics/analysis.json",),
-        plots=("metrics/boundaries.json",),
-        abscissa="boundary",
+        plots=(BOUNDARY_CURVES,),
         params=("seed", "seq_len", "analyse", *DETERMINISM, "compute.dtype", "compute.branch_threads"),
         sources=(*ANALYSIS, *(adapters if "fused" in roles.values() else ()), *_variants(params, *stacks)),
         threads=params.compute.branch_threads,
@@ -731,15 +731,28 @@ def dvc_yaml(stages: list[Stage]) -> str:
         if keys := [key for key in stage.params if key not in stage.defaulted]:
             # All parameters of the file, compared by value, is a file name without keys.
             entry["params"] = [{"params.yaml": None}] if ALL in stage.params else keys
-        if stage.outputs:
-            entry["outs"] = list(stage.outputs)
-        if stage.metrics:
-            entry["metrics"] = [{m: {"cache": False}} for m in stage.metrics]
+        # All figures of all models would be a table of a hundred columns: DVC compares those of the summary.
+        details = [m for m in stage.metrics if m != SUMMARY]
+        if stage.outputs or details:
+            entry["outs"] = [*stage.outputs, *({m: {"cache": False}} for m in details)]
+        if SUMMARY in stage.metrics:
+            entry["metrics"] = [{SUMMARY: {"cache": False}}]
         if stage.plots:
-            entry["plots"] = [{p: {"cache": False, "x": stage.abscissa}} for p in stage.plots]
+            entry["plots"] = [{p: {"cache": False, **_axes(p)}} for p in stage.plots]
         body[stage.name] = entry
     text = yaml.dump({"stages": body}, Dumper=yaml.CSafeDumper, sort_keys=False, width=120)
     return f"# Rendered from the table in workflow/stages.py and params.yaml by `{RENDER}`. Do not edit.\n{text}"
+
+
+def _axes(plot: str) -> dict[str, str]:
+    """What `dvc plots` shows of a file of points, and what it calls that."""
+    if plot == DEPTH_CURVE:
+        x, y = {"x": "training"}, {"y": "bits_per_byte", "y_label": "bound or NLL of held-out text (bits per byte)"}
+        return {"title": "Quality after each training of the rack", **x, **y}
+    if plot == BOUNDARY_CURVES:
+        return {"title": "What is to be seen at each boundary", "x": "boundary"}
+    x, y = {"x": "step", "x_label": "optimizer step"}, {"y": "loss", "y_label": "loss (nats per token of the batch)"}
+    return {"title": f"Training loss: {Path(plot).stem.replace('_', ' ')}", **x, **y}
 
 
 def render(stages: list[Stage], path: Path = Path("dvc.yaml")) -> bool:

@@ -1,4 +1,4 @@
-"""Feature maps: `queries(q) . keys(k)` is, or estimates, a kernel of q and k."""
+"""Feature maps: the product of `queries(q)` and `keys(k)` is, or estimates, a kernel of q and k."""
 
 import math
 

@@ -1,7 +1,7 @@
 """Trained racks become versions of registered models. The process that feeds MLflow does it, see `tracking.follow`.
 
-A rack that stage `fuse` wrote to `artifacts/fused` is a version of the model `<experiment>-fused`. A version is found by
-the digest of its files: the same weights made again, by whatever configuration or engine, are the same version.
+A rack that stage `fuse` wrote to `artifacts/fused` is a version of the model `<experiment>-fused`. A version is found
+by the digest of its files: the same weights made again, by whatever configuration or engine, are the same version.
 """
 
 import hashlib
@@ -32,6 +32,8 @@ REQUIREMENTS = (
     "transformers",
 )
 """What a registered model needs besides the code that it brings along; at the versions of this environment."""
+_INPUT = "input."
+"""What tags of inputs begin with."""
 Event = Mapping[str, Any]
 
 
@@ -117,8 +119,9 @@ class Registry:
         if found is None:
             found = self._create(name, run_id, rack, tags)
         else:  # the same weights from elsewhere: what is told of them is the latest
-            for key, value in tags.items():
+            for key, value in _of_version(tags).items():
                 self._client.set_model_version_tag(name, found.version, key, value)
+            self._client.update_model_version(name, found.version, _description(tags))
             if (model := self._logged(CONTENT, rack.content)) is not None:
                 self._client.set_logged_model_tags(model.model_id, tags)
         self._client.set_registered_model_alias(name, f"config-{tags[CONFIG][:8]}", found.version)
@@ -136,9 +139,13 @@ class Registry:
         self._upload(model, rack, run_id)
         client.finalize_logged_model(model.model_id, "READY")
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
-        location, known = model.artifact_location, dict(tags)
         made = client.create_model_version(
-            name, location, run_id, known, description=_description(tags), model_id=model.model_id
+            name,
+            model.artifact_location,
+            run_id,
+            _of_version(tags),
+            description=_description(tags),
+            model_id=model.model_id,
         )
         versions = json.dumps([{"name": name, "version": made.version}])
         client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: versions})  # where the UI looks
@@ -167,7 +174,7 @@ class Registry:
         for event in events:
             if event["event"] != "input":
                 continue
-            yield f"input.{event['role']}", f"{event['path']} {event['digest']}"
+            yield f"{_INPUT}{event['role']}", f"{event['path']} {event['digest']}"
             if event["kind"] in MODELS and (base := self._find(DIGEST, event["digest"])) is not None:
                 yield "made_from", f"models:/{base.name}/{base.version}"
             if event["role"] == "tokens":
@@ -228,11 +235,17 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
+def _of_version(tags: Mapping[str, str]) -> dict[str, str]:
+    """Those that a version has, too: a table of versions shows all of them, and a rack may have a hundred inputs."""
+    return {key: value for key, value in tags.items() if not key.startswith(_INPUT)}
+
+
 def _description(tags: Mapping[str, str]) -> str:
     """What a person reads first on a version's page."""
-    inputs = {key.removeprefix("input."): value for key, value in tags.items() if key.startswith("input.")}
-    lines = [f"Made by stage `{tags['stage']}`" + f" at commit `{tags.get('git_commit', 'none')[:12]}`, from:", ""]
+    inputs = {key.removeprefix(_INPUT): value for key, value in tags.items() if key.startswith(_INPUT)}
+    lines = [f"Made by stage {tags['stage']} at commit {tags.get('git_commit', 'unknown')[:12]} from:", ""]
     for role, value in inputs.items():
         path, digest = value.rsplit(" ", 1)
-        lines.append(f"- {role}: `{path}` (`{digest[:12]}`)")
+        more = f", version {tags['made_from']}" if role == "model" and "made_from" in tags else ""
+        lines.append(f"- {role}: `{path}` (`{digest[:12]}`){more}")
     return "\n".join(lines)

@@ -24,19 +24,19 @@ class Record:
     """Appends events to a new file in `RECORDS`.
 
     Events (key `event`), each with `time` in seconds since 1970:
-        start: stage, stack (or null), pid, argv, git (commit or null), params (those that the stage declares,
-            nested or under dotted names), pipeline (all of params.yaml), config (digest, hex, of all that
-            change results), tracking (the section).
-        input, output: role, path, kind, digest of an artifact.
-        resumed: step.
-        metrics: step, values {name: number}.
-        steps: first (step), values {name: [number per step]}: the same for consecutive steps, shorter.
-        depth: stack, values {name: number}: a point of curves over the depth of the rack.
-        result: values {name: number}; of the whole stage. A name with a dot is `<model>.<measure>`, such as
-            `fused.nelbo_bits_per_byte`: measured on a model, and therefore shown for the whole pipeline too.
-        text: file, text: something to read, as a file of the run.
-        end: status (finished | failed), seconds, peak_memory (bytes), modules (of this project, that were
-            imported).
+
+    - `start`: stage, stack (or null), pid, argv, git (commit or null), params (those that the stage declares, nested or
+      under dotted names), pipeline (all of params.yaml), config (digest, hex, of all that change results), tracking
+      (the section).
+    - `input`, `output`: role, path, kind, digest of an artifact.
+    - `resumed`: step.
+    - `metrics`: step, values {name: number}.
+    - `steps`: first (step), values {name: [number per step]}: the same for consecutive steps, shorter.
+    - `depth`: stack, values {name: number}: a point of curves over the depth of the rack.
+    - `result`: values {name: number}; of the whole stage. A name with a dot is `<model>.<measure>`, such as
+      `fused.nelbo_bits_per_byte`: measured on a model, and therefore shown for the whole pipeline too.
+    - `text`: file, text: something to read, as a file of the run.
+    - `end`: status (finished | failed), seconds, peak_memory (bytes), modules (of this project, that were imported).
     """
 
     def __init__(self, stage: str, facts: dict[str, Any], *, follow: bool) -> None:
