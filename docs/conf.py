@@ -45,6 +45,7 @@ suppress_warnings = ["ref.python"]
 html_theme = "furo"
 html_title = "StackWise"
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 html_math_renderer = "mathml"
 copybutton_prompt_text = "$ "

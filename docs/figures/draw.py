@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from workflow.figures import depth_curve  # sets up matplotlib for SVG
@@ -74,7 +75,16 @@ def pipeline(out: Path) -> None:
     for k, (x, _, _) in enumerate((places["s0"], places["s1"], places["s2"])):
         _box(axes, x, 3.3, f"evaluate {k}", "white", width=1.25, height=0.5)
         _arrow(axes, (x + 0.62, 2.62), (x + 0.62, 3.3))
-    links = ("corpus tokens", "tokens s0", "s0 s1", "s1 s2", "s2 fuse", "fuse clm", "fuse mlm", "fuse dif")
+    links: tuple[str, ...] = (
+        "corpus tokens",
+        "tokens s0",
+        "s0 s1",
+        "s1 s2",
+        "s2 fuse",
+        "fuse clm",
+        "fuse mlm",
+        "fuse dif",
+    )
     links = (*links, "clm report", "mlm report", "dif report", "q0 c1", "q1 c2")
     for link in links:
         (x, y, _), (u, v, _) = (places[key] for key in link.split())
@@ -114,7 +124,7 @@ def depth(out: Path, metrics: Path = Path("metrics")) -> None:
     depth_curve({path.stem: json.loads(path.read_text()) for path in names}, out)
 
 
-def _canvas(width: float, height: float) -> tuple[plt.Figure, Axes]:
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(width, height))
     axes.axis("off")
     return figure, axes
@@ -130,7 +140,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> 
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=10, color=INK, linewidth=1, zorder=0))
 
 
-def _finish(figure: plt.Figure, axes: Axes, out: Path, x: tuple[float, float], y: tuple[float, float]) -> None:
+def _finish(figure: Figure, axes: Axes, out: Path, x: tuple[float, float], y: tuple[float, float]) -> None:
     axes.set(xlim=x, ylim=y, aspect="equal")
     figure.subplots_adjust(0, 0, 1, 1)
     figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight", pad_inches=0.1)
