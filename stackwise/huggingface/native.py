@@ -1,10 +1,8 @@
 """Racks that are, number for number, models that Transformers knows: names of their weights, and their configuration.
 
-| rack | class of Transformers |
-|---|---|
-| attention `standard` or `gqa`, feed-forward network `swiglu` | `LlamaForCausalLM` |
-| the same with `qk_norm` | `Qwen3ForCausalLM` |
-| attention `mla`, feed-forward network `swiglu` | `DeepseekV3ForCausalLM`, all layers dense |
+- Attention `standard` or `gqa`, feed-forward network `swiglu`: `LlamaForCausalLM`.
+- The same with `qk_norm`: `Qwen3ForCausalLM`.
+- Attention `mla`, feed-forward network `swiglu`: `DeepseekV3ForCausalLM`, all layers dense.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
