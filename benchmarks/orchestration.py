@@ -106,7 +106,7 @@ def _tiny(stacks: int) -> dict[str, Any]:
         "stack": {"blocks": 1, "steps": 4, "batch_size": 4},
         "stacks": [],
         "compute": {"threads": 1},
-        "fine_tune": {"clm": branch, "mlm": branch, "diffusion": branch},
+        "fine_tune": {name: {"objective": name, **branch} for name in ("clm", "mlm", "diffusion")},
         "evaluate": {"samples": 8, "draws": 2, "batch_size": 8},
         "analyse": {"samples": 4},
         "samples": {"number": 1, "steps": 4},

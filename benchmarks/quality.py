@@ -63,7 +63,7 @@ SEEDS = 3
 """Of the comparison: those after the one that is tuned at."""
 BUDGET = 6.0
 """TFLOP of a run."""
-FINE_TUNING = {"steps": 100, "batch_size": 8, "lr": 1.0e-3}
+FINE_TUNING = {"objective": "clm", "steps": 100, "batch_size": 8, "lr": 1.0e-3}
 MEASURED_STEPS = 16
 """Of each phase, for what a step takes."""
 

@@ -46,7 +46,7 @@ def train(root: Path, steps: int) -> None:
     tree["objective"] |= {"mask_min": 0.05, "mask_max": 1.0}
     tree["n_stacks"], tree["stacks"] = 2, []
     tree["stack"] |= {"steps": steps}
-    tree["fine_tune"] = {name: {"steps": steps, "batch_size": 8} for name in ("clm", "diffusion")}
+    tree["fine_tune"] = {name: {"objective": name, "steps": steps, "batch_size": 8} for name in ("clm", "diffusion")}
     tree["tracking"] = {"enabled": False}
     with inside(root):
         Path("params.yaml").write_text(yaml.safe_dump(tree))

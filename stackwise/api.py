@@ -8,16 +8,19 @@ from stackwise.errors import UserError
 from stackwise.generation.generator import TextGenerator
 from stackwise.interactive.building import ProgressiveRackBuilder
 from stackwise.interactive.configuring import StackWiseConfig
+from stackwise.interactive.finetuning import FineTuner, TextClassifier
 from stackwise.interactive.growing import ProgressiveTrainer
 from stackwise.interactive.loading import ProgressiveDataLoader
 from stackwise.interactive.tuning import UnifiedTrainer
 
 __all__ = [
+    "FineTuner",
     "GenerationParams",
     "ProgressiveDataLoader",
     "ProgressiveRackBuilder",
     "ProgressiveTrainer",
     "StackWiseConfig",
+    "TextClassifier",
     "TextGenerator",
     "UnifiedTrainer",
     "UserError",

@@ -77,3 +77,12 @@ def lora() -> Any:
     """The module of adapters. It is imported now: that takes seconds, and a pipeline without adapters must not depend
     on it."""
     return import_module("stackwise.adapters.lora")
+
+
+TASK_ADAPTERS = (*ADAPTERS, "stackwise/finetuning/adapters.py")
+"""Likewise, those that fine-tune racks by adapters."""
+
+
+def adapted_racks() -> Any:
+    """The module of racks that are fine-tuned by adapters; imported now, as that of `lora`."""
+    return import_module("stackwise.finetuning.adapters")

@@ -25,7 +25,7 @@ compute: {dtype: bf16, threads: 1}
 trunk: {}
 joint: {batch_size: 4}
 fine_tune:
-  clm: {steps: 8, batch_size: 4, lr: 1.0e-3}
+  clm: {objective: clm, steps: 8, batch_size: 4, lr: 1.0e-3}
 evaluate: {samples: 8}
 analyse: {}
 samples: {}
@@ -93,7 +93,26 @@ CASES = [
         {"fine_tune.clm.step": 3},
         "fine_tune.clm.step = 3: no such parameter; did you mean fine_tune.clm.steps?",
     ),
-    _wrong("unknown branch", {"fine_tune.mml": {}}, "fine_tune.mml = {}: no such", "did you mean fine_tune.mlm?"),
+    _wrong("branch without an objective", {"fine_tune.mml": {}}, "fine_tune.mml.objective: missing; expected clm, mlm"),
+    _wrong("branch that is null", {"fine_tune.clm": None}, "fine_tune.clm = null: expected a mapping of keys"),
+    _wrong(
+        "branches as a list",
+        {"fine_tune": [{"objective": "clm"}]},
+        "fine_tune = [{objective: clm}]: expected a mapping; each value: a mapping of keys to values",
+    ),
+    _wrong(
+        "name of a branch that names no file",
+        {"fine_tune.My Chat": {"objective": "clm", "batch_size": 4}},
+        "fine_tune.My Chat = {batch_size: 4, objective: clm}: expected as a name small letters, digits, `_` and `-`",
+    ),
+    *(
+        _wrong(
+            f"branch called {name}",
+            {f"fine_tune.{name}": {"objective": "clm"}},
+            f"fine_tune.{name} = {{objective: clm}}: expected another name",
+        )
+        for name in ("fused", "depth", "stack_0", "joint")
+    ),
     _wrong("key of another section", {"lr": 0.1}, "lr = 0.1: no such parameter; did you mean stack.lr?"),
     _wrong("key that is a number", {"3": 1}, "3 = 1: no such parameter; the keys here are seed, seq_len"),
     # --- what must be there
@@ -444,6 +463,75 @@ CASES = [
         "optimizer.decay = 0.3",
         "trunk = null",
         problems=9,
+    ),
+    # --- branches of fine-tuning
+    _wrong(
+        "adapters without a method that has them",
+        {"fine_tune.clm.lora": {"rank": 4}, "fine_tune.clm.merge": False},
+        "fine_tune.clm.lora = {rank: 4}: has no effect with method full, which has no adapters: leave it out",
+        "fine_tune.clm.merge = false: has no effect with method full",
+        problems=2,
+    ),
+    _wrong(
+        "format of a base that is not quantized",
+        {"fine_tune.clm.method": "lora", "fine_tune.clm.precision": "int8"},
+        "fine_tune.clm.precision = int8: has no effect with method lora, which quantizes nothing: leave it out",
+    ),
+    _wrong(
+        "ranks of too few stacks",
+        {"fine_tune.clm.method": "lora", "fine_tune.clm.lora": {"strategy": "variable", "ranks": [4]}},
+        "fine_tune.clm.lora.ranks = [4]: expected a value for each of the n_stacks (2) stacks",
+    ),
+    _wrong(
+        "key of adapters misspelt",
+        {"fine_tune.clm.method": "lora", "fine_tune.clm.lora": {"rnk": 4}},
+        "fine_tune.clm.lora.rnk = 4: no such parameter; did you mean fine_tune.clm.lora.rank?",
+    ),
+    _wrong(
+        "masks of a branch that masks nothing",
+        {"fine_tune.clm.mask_rate": 0.3},
+        "fine_tune.clm.mask_rate = 0.3: has no effect with objective clm (it has with mlm): leave it out",
+    ),
+    _wrong(
+        "patience without validations of a branch",
+        {"fine_tune.clm.patience": 5},
+        "fine_tune.clm.patience = 5: has no effect without stop_every",
+    ),
+    _wrong(
+        "classification with a causal objective",
+        {"fine_tune.clm.data": {"format": "sequence_labels", "files": ["x.jsonl"]}},
+        "fine_tune.clm.objective = clm: expected classification, which reads in both directions, because data.format",
+    ),
+    _wrong(
+        "classification without labels",
+        {"fine_tune.clm.objective": "classification"},
+        "fine_tune.clm.data = null: expected data with format token_labels or sequence_labels",
+    ),
+    _wrong(
+        "two sources of own data",
+        {"fine_tune.clm.data": {"files": ["x.jsonl"], "dataset": "some/set"}},
+        "fine_tune.clm.data.files = [x.jsonl]: expected either files or a dataset: give one of them",
+    ),
+    _wrong(
+        "column of another format",
+        {"fine_tune.clm.data": {"format": "completion", "files": ["x.jsonl"], "label_column": "y"}},
+        "fine_tune.clm.data.label_column = y: has no effect with format completion (it has with sequence_labels)",
+    ),
+    _wrong(
+        "held-out rows twice",
+        {"fine_tune.clm.data": {"files": ["x.jsonl"], "validation_files": ["y.jsonl"], "validation_fraction": 0.2}},
+        "fine_tune.clm.data.validation_fraction = 0.2: has no effect where the held-out rows are given: leave it out",
+    ),
+    _wrong(
+        "one label",
+        {
+            "fine_tune.a": {
+                "objective": "classification",
+                "batch_size": 4,
+                "data": {"format": "token_labels", "files": ["x.csv"], "labels": ["A"]},
+            }
+        },
+        "fine_tune.a.data.labels = [A]: expected at least two labels, each once",
     ),
     # --- not YAML, or not a mapping
     _raw("bad indentation", "  mlp:", "   mlp:", ", line 8, column 4: not valid YAML"),

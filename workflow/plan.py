@@ -18,16 +18,15 @@ from stackwise.artifacts.manifest import MANIFEST
 from stackwise.cache.sizes import boundary_bytes, boundary_shard_rows, rows_made
 from stackwise.config.objective import MASKED
 from stackwise.config.params import Params, load
-from stackwise.config.training import FineTuneParams
 from stackwise.errors import UserError
 from stackwise.growth.phases import Phase, phases
 from stackwise.plan import weights
 from stackwise.plan.parts import Sizes, StackPlan, Vocabulary
-from stackwise.plan.phase import frozen_stack, rows_of_phase, step_of_phase, steps_of_phase
+from stackwise.plan.phase import frozen_stack, rows_of_phase, steps_of_phase
 from stackwise.plan.rates import ACCELERATORS, UTILISATION, accelerator, rate_of
-from stackwise.plan.rows import rows_of
 from stackwise.plan.step import Cost, cost_of_pass, cost_of_step
 from stackwise.plan.tape import Device
+from stackwise.plan.tuning import Tuning, branch_tuning, joint_tuning
 
 PROCESS = 9 * 10**8
 """A Python process with torch loaded (bytes)."""
@@ -118,14 +117,16 @@ class _Planner:
             steps = round(
                 joint.share * sum(self._params.stack_params(p.stack).steps for p in self._phases if not p.imported)
             )
-            yield self._tuning("tune_jointly", steps, joint.batch_size)
-        for branch in FineTuneParams.model_fields:
-            if (own := getattr(self._params.fine_tune, branch)) is not None:
-                yield self._tuning(f"fine_tune_{branch}", own.steps, own.batch_size)
-        for name in ("fused", *(b for b in FineTuneParams.model_fields if getattr(self._params.fine_tune, b))):
+            tuning = joint_tuning(self._params, self._vocabulary, self._device)
+            yield self._tuning("tune_jointly", steps, tuning)
+        for name, branch in self._params.fine_tune.items():
+            tuning = branch_tuning(self._params, name, self._vocabulary, self._device)
+            yield self._tuning(f"fine_tune_{name}", branch.steps, tuning)
+        for name in ("fused", *self._params.fine_tune):
             yield self._reading(f"evaluate_{name}", everything)
-            if not (name == "fused" and self._params.objective.type == "custom"):
-                yield self._writing(name, everything)
+            learned = self._params.objective.type if name == "fused" else self._params.fine_tune[name].objective
+            if learned not in ("custom", "classification"):
+                yield self._writing(name, learned, everything)
 
     def _training(self, phase: Phase) -> StageCost:
         own, accumulate = self._params.stack_params(phase.stack), self._params.optimizer.accumulate
@@ -247,22 +248,21 @@ class _Planner:
         own_masks = time.mode == "depth" or objective.by_depth or self._params.growth.masks == "redraw"
         return own_masks or len(phase.below) == 1
 
-    def _tuning(self, name: str, steps: int, batch_size: int) -> StageCost:
-        """All stacks together, on the pretraining's objective."""
-        params, time = self._params, self._params.model.time
-        rackwise = {"strategy": "end_to_end", "end_to_end_scope": "rackwise", "start": None}
-        whole = phases(params.growth.model_copy(update=rackwise), params.n_stacks)[0]
-        size = batch_size // params.optimizer.accumulate
-        rows = rows_of(params.objective, batch=size, seq=params.seq_len, shared=time.sampling == "batch")
-
-        def cost(number: int) -> Cost:
-            step = step_of_phase(params, whole, self._vocabulary, rows=number, device=self._device)
-            return _cost_of_step(replace(step, sizes=replace(step.sizes, batch=size)))
-
-        mean, peak = cost(round(rows.mean)), cost(rows.most)
-        learns = self._ends + sum(map(self._weights, range(params.n_stacks)))
+    def _tuning(self, name: str, steps: int, tuning: Tuning) -> StageCost:
+        """All stacks together."""
+        # What a step takes on average, and the most memory that any may take.
+        mean = _cost_of_step(replace(tuning.step, sizes=replace(tuning.step.sizes, rows=tuning.mean_rows)))
+        peak = _cost_of_step(tuning.step)
+        # What is quantized has been read in fp32, a stack at a time.
+        largest = max(map(self._weights, range(self._params.n_stacks))) if tuning.frozen else 0
+        stored = 4 * (tuning.learns + sum(tuning.frozen.values())) if self._device == "cuda" else 4 * largest
         return StageCost(
-            name, learns=learns, device=peak.peak, host=PROCESS + peak.batches, flops=steps * mean.flops.total
+            name,
+            learns=tuning.learns,
+            frozen=tuning.frozen,
+            device=peak.peak,
+            host=PROCESS + peak.batches + stored,
+            flops=steps * mean.flops.total,
         )
 
     def _reading(self, name: str, stacks: Iterable[int]) -> StageCost:
@@ -277,11 +277,10 @@ class _Planner:
         flops = own.samples * round(len(shares) * one + sum(shares) * head)
         return StageCost(name, frozen={"full": number}, device=4 * number, host=PROCESS + 4 * number, flops=flops)
 
-    def _writing(self, name: str, stacks: Iterable[int]) -> StageCost:
+    def _writing(self, name: str, learned: str, stacks: Iterable[int]) -> StageCost:
         """A whole rack in fp32 that writes texts: each takes a pass a step, or one in all from left to right."""
         params, own = self._params, self._params.samples
         number = self._ends + sum(map(self._weights, stacks))
-        learned = params.objective.type if name == "fused" else name
         passes = 1 if learned == "clm" else min(own.steps, params.seq_len)
         one = sum(map(self._predicting, stacks)) + 2 * params.model.d_model * self._corpus.vocab_size * params.seq_len
         flops = own.number * len(own.prompts) * passes * one

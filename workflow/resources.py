@@ -12,7 +12,10 @@ _SLACK = 1.35
 between them."""
 _USUAL_VOCABULARY = 50_000
 """Before the tokenizer is there."""
-_COMPUTING = ("cache_activations", "train_stack", "tune_jointly", "fine_tune", "evaluate", "sample")
+_COMPUTING = (
+    *("cache_activations", "train_stack", "tune_jointly", "fine_tune", "fine_tune_classifier"),
+    *("evaluate", "evaluate_classifier", "sample"),
+)
 _READING = {"analyse": 2, "answer_choices": 1, "score_samples": 1}
 """Scripts that read whole racks, and how many at once."""
 

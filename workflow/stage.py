@@ -94,6 +94,9 @@ class StageRun:
         self.record.add("result", values={f"{name}.{key}": value for key, value in values.items()})
         if depth is not None:
             self.record.add("depth", stack=depth, values={f"depth.{key}": value for key, value in values.items()})
+        if (accuracy := values.get("classification.accuracy")) is not None:
+            self.say(f"accuracy {accuracy:.4f} (majority {values['classification.majority.accuracy']:.4f})")
+            return
         main = next(values[key] for key in _MAIN_FIGURES if key in values)
         self.say(f"{main:.4f} bits per byte (unigram {values['unigram.bits_per_byte']:.4f})")
 

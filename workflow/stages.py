@@ -19,7 +19,8 @@ from stackwise import variants
 from stackwise.config.generation import CAUSAL_ONLY, UNMASKING_ONLY, SamplesParams
 from stackwise.config.growth import LoRAParams
 from stackwise.config.params import Params, load
-from stackwise.config.training import FineTuneParams, StackParams
+from stackwise.config.training import StackParams
+from stackwise.config.tuning import FineTuneParams
 from stackwise.data.sources import find_files
 from stackwise.errors import UserError
 from stackwise.growth.needs import Needs, made_from, needs_of
@@ -70,10 +71,25 @@ WINDOWS = (
     *(f"stackwise/growth/{name}.py" for name in ("assembly", "init", "phases", "pretrained", "training", "validation")),
     *(HELD_OUT, "stackwise/cache/batches.py", "stackwise/cache/streaming.py"),
 )
+PREPARING = (
+    *(*CORPUS, *TOKENS, "stackwise/config/tuning.py", "stackwise/config/growth.py"),
+    *(f"stackwise/data/{name}.py" for name in ("encoding", "examples", "sources", "tokenizer")),
+)
+BRANCHES = (
+    *(*TRAINING, "stackwise/config/tuning.py", "stackwise/config/growth.py", HELD_OUT),
+    *("stackwise/growth/validation.py", "stackwise/finetuning/branch.py"),
+)
+FINE_TUNING = (*BRANCHES, *(f"stackwise/finetuning/{name}.py" for name in ("objectives", "training")))
+CLASSIFIER = ("stackwise/finetuning/classifier.py", "stackwise/growth/window.py")
+CLASSIFYING = (*BRANCHES, *CLASSIFIER, "stackwise/finetuning/classification.py")
 EVALUATION = (
-    *(*FUSING, *TOKENS, *DEVICE, *OBJECTIVES, HELD_OUT),
-    *("stackwise/config/evaluation.py", "stackwise/config/training.py"),
-    *(f"stackwise/inference/{name}.py" for name in ("depth", "evaluation", "intervals")),
+    *(*FUSING, *TOKENS, *DEVICE, *OBJECTIVES, HELD_OUT, "stackwise/config/evaluation.py"),
+    *(f"stackwise/inference/{name}.py" for name in ("completions", "depth", "evaluation", "intervals")),
+)
+EVALUATING_CLASSIFIERS = (
+    *(*RACKS, *TOKENS, *DEVICE, *OBJECTIVES, *CLASSIFIER, "stackwise/config/evaluation.py"),
+    *(f"stackwise/inference/{name}.py" for name in ("classification", "intervals")),
+    "stackwise/precision/dtypes.py",
 )
 SCORING = (
     *(*RACKS, *TOKENS, *DEVICE, *OBJECTIVES, "stackwise/data/choices.py", "stackwise/precision/dtypes.py"),
@@ -211,6 +227,8 @@ def _is_default(params: Params, key: str) -> bool:
             if int(name) >= len(node):
                 return True
             node = node[int(name)]
+        elif isinstance(node, dict):
+            node = node[name]
         elif name not in node.model_fields_set:
             return True
         else:
@@ -492,69 +510,53 @@ def _model_stages(params: Params) -> Iterator[Stage]:
         sources=(*FUSING, *DEPTH, *TOKENS, *adapters, *architectures),
     )
 
-    def tuning(
-        name: str, script: str, base: str, out: str, batch_size: int, threads: str, *keys: str, **flags: str
-    ) -> Stage:
-        losses = f"metrics/loss/{name.removeprefix('fine_tune_')}.json"
-        return Stage(
-            name=name,
-            script=script,
-            arguments={**flags, "model": base, "tokens": tokens, "out": out, "losses": losses},
-            inputs=(base, tokens),
-            outputs=(out,),
-            plots=(losses,),
-            params=(
-                *("seed", "seq_len", "optimizer"),
-                *(*DETERMINISM, "compute.dtype", f"compute.{threads}", "compute.compile"),
-                "compute.activation_checkpointing",
-                *keys,
-            ),
-            sources=(*TRAINING, *unmerged, *architectures),
-            threads=getattr(params.compute, threads),
-        )
-
     if params.joint.share:
         joint = "artifacts/joint"
-        yield tuning(
-            "tune_jointly", "tune_jointly", model, joint, params.joint.batch_size, "threads", "objective", "joint"
+        yield _tuning(
+            params, "tune_jointly", "tune_jointly", {"model": model, "tokens": tokens, "out": joint}, "threads"
         )
         model = joint
-    models = {"fused": model}
-    for branch in FineTuneParams.model_fields:
-        if (settings := getattr(params.fine_tune, branch)) is not None:
-            out = f"artifacts/finetuned/{branch}"
-            keys = (f"fine_tune.{branch}", *(("objective",) if branch == "diffusion" else ()))
-            size = settings.batch_size
-            yield tuning(
-                f"fine_tune_{branch}", "fine_tune", model, out, size, "branch_threads", *keys, objective=branch
-            )
-            models[branch] = out
-    for name, path in models.items():
-        yield _evaluation(params, name, {"model": path}, everything, unmerged if name == "fused" else ())
+    racks, classifiers, adapted = {"fused": model}, [], {"fused": unmerged}
+    yield _evaluation(params, "fused", {"model": model}, everything, unmerged)
+    for name, branch in params.fine_tune.items():
+        own = branch.data is not None
+        if own:
+            yield _preparation(params, name, branch)
+        data, out = f"artifacts/prepared/{name}" if own else tokens, f"artifacts/finetuned/{name}"
+        yield _fine_tuning(params, name, branch, {"model": model, "tokens": data, "out": out})
+        beside = variants.ADAPTERS if branch.adapters is not None and not branch.merge else ()
+        if branch.objective == "classification":
+            classifiers.append(name)
+            yield _classifier_evaluation(params, name, {"model": out, "tokens": data}, beside)
+        else:
+            racks[name] = out
+            arguments: dict[str, object] = {"objective": branch.objective, "model": out}
+            yield _evaluation(params, name, arguments | ({"own": data} if own else {}), everything, beside)
+        adapted[name] = beside
     samples = []
-    for name, path in models.items():
-        learned = params.objective.type if name == "fused" else name
+    for name, path in racks.items():
+        learned = params.objective.type if name == "fused" else params.fine_tune[name].objective
         if learned != "custom":  # what it predicts need not be text
             samples.append(f"artifacts/samples/{name}")
-            sources = (*(unmerged if name == "fused" else ()), *architectures)
-            yield _sampling(params, name, path, samples[-1], learned == "clm", sources)
+            yield _sampling(params, name, path, samples[-1], learned == "clm", (*adapted[name], *architectures))
     for name in params.export.models:
-        yield _export(params, name, models[name], unmerged if name == "fused" else ())
+        yield _export(params, name, racks[name], adapted[name])
     choosing: list[str] = []
-    for name, path in models.items() if params.evaluate.choices else ():
+    for name, path in racks.items() if params.evaluate.choices else ():
         choosing.append(f"metrics/choices/{name}.json")
-        yield _choosing(params, name, path, choosing[-1], everything, unmerged if name == "fused" else ())
-    causal = {name: path for name, path in models.items() if _is_causal(params, name)}
-    yield _analysis(params, models, causal, everything, unmerged)
+        yield _choosing(params, name, path, choosing[-1], everything, adapted[name])
+    causal = {name: path for name, path in racks.items() if _is_causal(params, name)}
+    yield _analysis(params, racks, causal, everything, adapted)
     scored: list[str] = []
     if samples and (scorer := params.evaluate.scorer or next(iter(causal), None)) is not None:
         scored = ["metrics/samples.json"]
-        yield _scoring(params, causal[scorer], samples, scored[0], (*unmerged, *architectures))
+        yield _scoring(params, causal[scorer], samples, scored[0], (*adapted[scorer], *architectures))
     measured = [phase.name for phase in every if len(phase.kept) == len(phase.order)]
     depths = tuple(f"metrics/{name}.json" for name in measured)
-    metrics = tuple(f"metrics/{name}.json" for name in models)
-    trained = (phase.name for phase in every if not phase.imported)
-    losses = tuple(f"metrics/loss/{name}.json" for name in (*trained, *list(models)[1:]))
+    metrics = tuple(f"metrics/{name}.json" for name in racks)
+    classified = tuple(f"metrics/{name}.json" for name in classifiers)
+    trained = (*(phase.name for phase in every if not phase.imported), *list(racks)[1:], *classifiers)
+    losses = tuple(f"metrics/loss/{name}.json" for name in trained)
     yield Stage(
         name="report",
         script="report",
@@ -563,13 +565,14 @@ def _model_stages(params: Params) -> Iterator[Stage]:
             "depths": depths,
             "metrics": metrics,
             "losses": losses,
+            **({"classifiers": classified} if classified else {}),
             **({"choices": choosing} if choosing else {}),
             **({"scores": scored} if scored else {}),
             "depth": DEPTH_CURVE,
             "summary": SUMMARY,
             "out": "artifacts/report",
         },
-        inputs=(*samples, *depths, *metrics, *losses, *choosing, *scored),
+        inputs=(*samples, *depths, *metrics, *losses, *classified, *choosing, *scored),
         outputs=("artifacts/report",),
         metrics=(SUMMARY,),
         plots=(DEPTH_CURVE,),
@@ -607,6 +610,73 @@ def _export(params: Params, name: str, model: str, adapters: tuple[str, ...]) ->
     )
 
 
+def _tuning(
+    params: Params,
+    name: str,
+    script: str,
+    arguments: dict[str, object],
+    threads: str,
+    *,
+    keys: Iterable[str] = ("objective", "joint"),
+    sources: tuple[str, ...] = TRAINING,
+) -> Stage:
+    """The training of a whole rack, whose `model`, `tokens` and `out` are among the arguments."""
+    losses = f"metrics/loss/{name.removeprefix('fine_tune_')}.json"
+    every = phases(params.growth, params.n_stacks, lora=params.adapters.stack is not None)
+    everything = range(params.n_stacks)
+    unmerged = () if params.adapters.merge else _adapters(every, *everything, versions=every[-1].kept)
+    return Stage(
+        name=name,
+        script=script,
+        arguments={**arguments, "losses": losses},
+        inputs=(str(arguments["model"]), str(arguments["tokens"])),
+        outputs=(str(arguments["out"]),),
+        plots=(losses,),
+        params=(
+            *("seed", "seq_len", "optimizer"),
+            *(*DETERMINISM, "compute.dtype", f"compute.{threads}", "compute.compile"),
+            *("compute.activation_checkpointing", *keys),
+        ),
+        sources=(*sources, *unmerged, *_variants(params, *everything)),
+        threads=getattr(params.compute, threads),
+    )
+
+
+def _preparation(params: Params, name: str, branch: FineTuneParams) -> Stage:
+    """Own data as token files."""
+    own, key = branch.data, f"fine_tune.{name}.data"
+    assert own is not None
+    files = [*find_files(own.files, f"{key}.files"), *find_files(own.validation_files, f"{key}.validation_files")]
+    tokens, out = "artifacts/tokens", f"artifacts/prepared/{name}"
+    return Stage(
+        name=f"prepare_{name}",
+        script="prepare_data",
+        arguments={"branch": name, "tokens": tokens, "out": out},
+        inputs=(tokens, *dict.fromkeys(map(str, files))),
+        outputs=(out,),
+        params=("seed", key, *(("seq_len",) if own.packed else ())),
+        sources=PREPARING,
+    )
+
+
+def _fine_tuning(params: Params, name: str, branch: FineTuneParams, arguments: dict[str, object]) -> Stage:
+    """A branch. Of its data it knows what `prepare` has made of it."""
+    keys = [f"fine_tune.{name}.{key}" for key in FineTuneParams.model_fields if key != "data"]
+    if branch.objective == "diffusion":
+        keys.append("objective")
+    classifies = branch.objective == "classification"
+    adapters = variants.TASK_ADAPTERS if branch.adapters is not None else ()
+    return _tuning(
+        params,
+        f"fine_tune_{name}",
+        "fine_tune_classifier" if classifies else "fine_tune",
+        {"branch": name, **arguments},
+        "branch_threads",
+        keys=keys,
+        sources=(*(CLASSIFYING if classifies else FINE_TUNING), *adapters),
+    )
+
+
 def _path_arguments(arguments: Mapping[str, object]) -> list[str]:
     """The artifacts among the arguments of a script."""
     return [
@@ -621,8 +691,8 @@ def _evaluation(
     params: Params, name: str, model: dict[str, object], stacks: Sequence[int], adapters: tuple[str, ...]
 ) -> Stage:
     out = f"metrics/{name}.json"
-    # A fine-tuned model is measured on what it has learned, which its name says.
-    objective = () if name in FineTuneParams.model_fields else ("objective.type", "objective.causal")
+    # A fine-tuned model is measured on what it has learned, which its arguments say.
+    objective = () if "objective" in model else ("objective.type", "objective.causal")
     return Stage(
         name=f"evaluate_{name}",
         script="evaluate",
@@ -657,7 +727,9 @@ def _choosing(
 def _is_causal(params: Params, name: str) -> bool:
     """Whether the positions of a model only look back."""
     own = params.objective
-    return name == "clm" or (name == "fused" and (own.type == "clm" or (own.type == "custom" and own.causal)))
+    if name != "fused":
+        return params.fine_tune[name].objective == "clm"
+    return own.type == "clm" or (own.type == "custom" and own.causal)
 
 
 def _scoring(params: Params, scorer: str, samples: list[str], out: str, sources: tuple[str, ...]) -> Stage:
@@ -682,7 +754,7 @@ def _analysis(
     models: Mapping[str, str],
     causal: Mapping[str, str],
     stacks: Sequence[int],
-    adapters: tuple[str, ...],
+    adapted: Mapping[str, tuple[str, ...]],
 ) -> Stage:
     """What is to be seen inside the first bidirectional model and the first causal one."""
     shown = [next((name for name in models if (name in causal) is kind), None) for kind in (False, True)]
@@ -703,7 +775,21 @@ def _analysis(
         metrics=("metrics/analysis.json",),
         plots=(BOUNDARY_CURVES,),
         params=("seed", "seq_len", "analyse", *DETERMINISM, "compute.dtype", "compute.branch_threads"),
-        sources=(*ANALYSIS, *(adapters if "fused" in roles.values() else ()), *_variants(params, *stacks)),
+        sources=(*ANALYSIS, *(s for name in roles.values() for s in adapted[name]), *_variants(params, *stacks)),
+        threads=params.compute.branch_threads,
+    )
+
+
+def _classifier_evaluation(params: Params, name: str, paths: dict[str, object], adapters: tuple[str, ...]) -> Stage:
+    out = f"metrics/{name}.json"
+    return Stage(
+        name=f"evaluate_{name}",
+        script="evaluate_classifier",
+        arguments={"name": name, **paths, "out": out},
+        inputs=tuple(_path_arguments(paths)),
+        metrics=(out,),
+        params=("seed", "seq_len", "evaluate.batch_size", *DETERMINISM, "compute.dtype", "compute.branch_threads"),
+        sources=(*EVALUATING_CLASSIFIERS, *adapters, *_variants(params, *range(params.n_stacks))),
         threads=params.compute.branch_threads,
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-FIGURES = ("bits_per_byte", "accuracy")
+FIGURES = ("bits_per_byte", "accuracy", "f1_macro")
 
 
 def summary(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -22,4 +22,8 @@ def summary(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, flo
 
 def _main(metrics: Mapping[str, Any]) -> dict[str, float]:
     parts = {key: own for key, own in metrics.items() if key != "unigram" and isinstance(own, Mapping)}
+    # of own text as of the corpus
+    parts |= {
+        f"own_{key}": own for key, own in parts.get("own", {}).items() if key != "unigram" and isinstance(own, Mapping)
+    }
     return {f"{key}_{figure}": own[figure] for key, own in parts.items() for figure in FIGURES if figure in own}

@@ -1,7 +1,8 @@
 """Low-rank adapters of a stack (Hu et al. 2021, LoRA; Dettmers et al. 2023, QLoRA).
 
-A stack carries up to two at once: `stack`, which it learned while it was new and its own weights stayed as they began,
-and `trunk`, which it learned later, on quantized weights, under newer stacks. A projection `W` then computes
+A stack carries several at once: `stack`, which it learned while it was new and its own weights stayed as they began,
+`trunk`, which it learned later, on quantized weights, under newer stacks, and `task`, which it learned when the whole
+rack was fine-tuned. A projection `W` then computes
 `W x + sum_i (alpha_i / rank_i) B_i A_i x`. They are PEFT's layers, put into the stack in place, and PEFT's files.
 """
 
@@ -25,12 +26,12 @@ from stackwise.growth.init import initialize
 from stackwise.model.stack import Stack
 from stackwise.precision.formats import dequantize
 
-KINDS: tuple[Kind, ...] = ("stack", "trunk")
+KINDS: tuple[Kind, ...] = ("stack", "trunk", "task")
 _PREFIX = "base_model.model."
 """What PEFT's files put in front of a tensor's name in the stack."""
 
 
-def adapt(stack: Stack, kind: Kind, params: LoRAParams, *, k: int, seed: int) -> None:
+def adapt(stack: Stack, kind: Kind, params: LoRAParams, *, k: int, seed: int, key: str | None = None) -> None:
     """Give a stack a fresh adapter, in place. It changes no output yet, and nothing of the stack trains until
     `train_only` says what.
 
@@ -39,10 +40,11 @@ def adapt(stack: Stack, kind: Kind, params: LoRAParams, *, k: int, seed: int) ->
 
     Args:
         stack: without an adapter of this kind; quantized or not, but not to be quantized later.
-        kind: which of the two it is.
-        params: `adapters.<kind>`.
+        kind: which it is.
+        params: of adapters.
         k: index of the stack in the rack, for its rank, alpha and names.
         seed: of the pipeline.
+        key: the parameter that `params` are, for messages (None: `adapters.<kind>`).
 
     Raises:
         UserError: `target_modules` names what the architecture does not have.
@@ -52,8 +54,8 @@ def adapt(stack: Stack, kind: Kind, params: LoRAParams, *, k: int, seed: int) ->
     unknown = [name for name in targets if name not in names]
     if unknown:
         raise UserError(
-            f"adapters.{kind}.target_modules = {params.target_modules}: stack {k} has no projection {unknown[0]}; "
-            f"expected names of {', '.join(names)}, or null for all"
+            f"{key or f'adapters.{kind}'}.target_modules = {params.target_modules}: stack {k} has no projection "
+            f"{unknown[0]}; expected names of {', '.join(names)}, or null for all"
         )
     config = LoraConfig(
         r=params.rank_of(k),
@@ -103,7 +105,7 @@ def load_adapter(stack: Stack, kind: Kind, directory: Path) -> None:
 
     Args:
         stack: without an adapter of this kind; quantized or not, but not to be quantized later.
-        kind: which of the two it is.
+        kind: which it is.
         directory: where `save_adapter` wrote it.
 
     Raises:

@@ -16,7 +16,11 @@ def at(root: Schema, path: Iterable[int | str]) -> Schema | None:
     found: Schema | None = root
     for key in path:
         inner = dereference(root, found or {})
-        found = inner.get("items") if isinstance(key, int) else inner.get("properties", {}).get(key)
+        if isinstance(key, int):
+            found = inner.get("items")
+        else:
+            own, others = inner.get("properties", {}), inner.get("additionalProperties")
+            found = own.get(key, others if isinstance(others, dict) else None)
     return found
 
 

@@ -8,8 +8,8 @@ from stackwise.config.section import Section
 
 BuildingMode = Literal["append", "prepend", "insert"]
 TrunkStrategy = Literal["frozen", "qlora", "trainable"]
-Kind = Literal["stack", "trunk"]
-"""What adapters are for: a new stack, or an older one."""
+Kind = Literal["stack", "trunk", "task"]
+"""What adapters are for: a new stack, an older one, or what a finished rack is fine-tuned for."""
 Pattern = Literal["constant", "linear", "increasing", "decreasing"]
 
 
@@ -171,7 +171,7 @@ class LoRAParams(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's inputs dropped while training."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the adapters (null: that of the stack that trains)."""
+    """Peak learning rate of the adapters (null: that of what else trains)."""
     target_modules: list[str] | None = None
     """Names of the projections that get adapters, such as `q_proj` or `down_proj` (null: all)."""
 

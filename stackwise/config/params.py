@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError
@@ -18,19 +18,19 @@ from stackwise.config.data import DataParams, TokenizerParams
 from stackwise.config.evaluation import EvaluateParams
 from stackwise.config.export import ExportParams
 from stackwise.config.generation import SamplesParams
-from stackwise.config.growth import AdaptersParams, GrowthParams, LoRAParams
+from stackwise.config.growth import AdaptersParams, GrowthParams
 from stackwise.config.model import ModelParams
 from stackwise.config.objective import MASKED, MASKING, ObjectiveParams
 from stackwise.config.section import Section
 from stackwise.config.tracking import TrackingParams
 from stackwise.config.training import (
     CheckpointParams,
-    FineTuneParams,
     JointParams,
     OptimizerParams,
     StackOverrides,
     StackParams,
 )
+from stackwise.config.tuning import FineTuneParams, name_problems
 from stackwise.errors import UserError
 
 UNTRACKED = ("activations", "checkpoint", "tracking")
@@ -74,8 +74,8 @@ class Params(Section):
     """The frozen stacks below the one that trains."""
     joint: JointParams
     """Joint fine-tuning of the whole fused rack."""
-    fine_tune: FineTuneParams
-    """Fine-tuning branches of the fused rack."""
+    fine_tune: dict[str, FineTuneParams]
+    """Branches of fine-tuning, by name: each adapts the fused rack, all in parallel."""
     evaluate: EvaluateParams
     """What is measured on held-out text."""
     analyse: AnalyseParams
@@ -135,14 +135,13 @@ class Params(Section):
         found += self._export_problems()
         found += self._time_step_problems()
         found += self._scorer_problems()
+        found += self._branch_problems()
         for k, overrides in enumerate(self.stacks[: self.n_stacks]):
             if overrides.init == "copy" and self.growth.copied_by(k) is None:
                 found.append((f"stacks.{k}.init", "there is no trained stack to copy: expected random or zero"))
         sizes = {"stack.batch_size": self.stack.batch_size, "joint.batch_size": self.joint.batch_size}
         sizes |= {f"stacks.{k}.batch_size": s.batch_size for k, s in enumerate(self.stacks) if s.batch_size}
-        for branch in FineTuneParams.model_fields:
-            if params := getattr(self.fine_tune, branch):
-                sizes[f"fine_tune.{branch}.batch_size"] = params.batch_size
+        sizes |= {f"fine_tune.{name}.batch_size": branch.batch_size for name, branch in self.fine_tune.items()}
         for path, size in sizes.items():
             if size % self.optimizer.accumulate:
                 found.append((path, f"expected a multiple of optimizer.accumulate ({self.optimizer.accumulate})"))
@@ -199,13 +198,15 @@ class Params(Section):
 
     def _export_problems(self) -> list[tuple[str, str]]:
         """Models that there are not."""
-        there = ["fused", *(name for name in FineTuneParams.model_fields if getattr(self.fine_tune, name) is not None)]
+        racks = (name for name, branch in self.fine_tune.items() if branch.objective != "classification")
+        there = ["fused", *racks]
         message = f"expected names of models: {', '.join(there)}"
         return [("export.models", message)] if set(self.export.models) - set(there) else []
 
     def _scorer_problems(self) -> list[tuple[str, str]]:
         """A scorer that is no causal model."""
-        causal = [*(["fused"] if self.objective.type == "clm" else []), *(["clm"] if self.fine_tune.clm else [])]
+        branches = (name for name, branch in self.fine_tune.items() if branch.objective == "clm")
+        causal = [*(["fused"] if self.objective.type == "clm" else []), *branches]
         if self.evaluate.scorer is None or self.evaluate.scorer in causal:
             return []
         known = f"expected null or {' or '.join(causal)}" if causal else "expected null"
@@ -225,14 +226,15 @@ class Params(Section):
             found.append(("adapters.stack", f"expected null: with this regime of growth {why}"))
         if not self.adapters.merge and not (self.adapters.stack or self.adapters.trunk):
             found.append(("adapters.merge", "has no effect without adapters: leave it out"))
-        for kind in ("stack", "trunk"):
-            settings: LoRAParams | None = getattr(self.adapters, kind)
+        every = {f"adapters.{kind}": getattr(self.adapters, kind) for kind in ("stack", "trunk")}
+        every |= {f"fine_tune.{name}.lora": branch.lora for name, branch in self.fine_tune.items()}
+        for path, settings in every.items():
             if settings is None or settings.strategy != "variable":
                 continue
             for key, needed in (("ranks", True), ("alphas", bool(settings.alphas))):
                 if needed and len(getattr(settings, key)) < self.n_stacks:
                     message = f"expected a value for each of the n_stacks ({self.n_stacks}) stacks"
-                    found.append((f"adapters.{kind}.{key}", message))
+                    found.append((f"{path}.{key}", message))
         return found
 
     def _time_step_problems(self) -> list[tuple[str, str]]:
@@ -252,15 +254,30 @@ class Params(Section):
         )
         return [("activations.time_step_cache_size", message)]
 
+    def _branch_problems(self) -> list[tuple[str, str]]:
+        """Names of branches that cannot be, and branches that do not fit the rack or the corpus."""
+        found = [(f"fine_tune.{name}", message) for name, message in name_problems(self.fine_tune)]
+        for name, branch in self.fine_tune.items():
+            if self.objective.type == "custom" and branch.objective != "classification":
+                message = (
+                    "expected no such branch, because with objective.type custom the documents are not whole texts"
+                )
+                found.append((f"fine_tune.{name}", message))
+        return found
+
+    @property
+    def _fine_tunes_diffusion(self) -> bool:
+        return any(branch.objective == "diffusion" for branch in self.fine_tune.values())
+
     def _objective_problems(self) -> list[tuple[str, str]]:
         """An objective that does not fit the data, the branches or the times of the stacks."""
         own, found = self.objective, []
-        if own.type in MASKED or self.fine_tune.diffusion is not None:
+        if own.type in MASKED or self._fine_tunes_diffusion:
             unused: tuple[str, ...] = ()
         else:  # one variant is what there is without masks
             unused = tuple(key for key in MASKING if key != "variants" or own.variants != 1)
         for key in own.changed(unused):
-            message = f"has no effect with objective.type {own.type} and without fine_tune.diffusion: leave it out"
+            message = f"has no effect with objective.type {own.type} and without a branch for diffusion: leave it out"
             found.append((f"objective.{key}", message))
         if own.by_depth and own.type not in MASKED and not unused:
             message = f"has no effect by depth with objective.type {own.type}, which masks nothing: leave it out"
@@ -275,10 +292,6 @@ class Params(Section):
             if self.evaluate.choices:
                 message = "expected [], because with objective.type custom the documents are not whole texts"
                 found.append(("evaluate.choices", message))
-            for branch in FineTuneParams.model_fields:
-                if getattr(self.fine_tune, branch) is not None:
-                    message = "expected null, because with objective.type custom the documents are not whole texts"
-                    found.append((f"fine_tune.{branch}", message))
         return found
 
     def _time_problems(self) -> list[tuple[str, str]]:
@@ -302,7 +315,7 @@ class Params(Section):
                 found.append(("model.time.time_per_stack", message))
         if time.sampling == "batch":
             path, without = "model.time.sampling", ": leave it out"
-            if own.type not in MASKED and self.fine_tune.diffusion is None:
+            if own.type not in MASKED and not self._fine_tunes_diffusion:
                 found.append((path, f"has no effect with objective.type {own.type}, which masks nothing{without}"))
             elif own.schedule is not None:
                 found.append((path, f"has no effect with objective.schedule, which sets t{without}"))
@@ -397,6 +410,8 @@ def _restrict(value: Any, tree: Mapping[str, Any]) -> Any:
         own = getattr(value, name)
         if sub is None:
             kept[name] = own
+        elif isinstance(own, dict):
+            kept[name] = {key: own[key] if part is None else _restrict(own[key], part) for key, part in sub.items()}
         elif isinstance(own, list):
             kept[name] = _items(own, sub, StackOverrides() if name == "stacks" else None)
         else:
@@ -481,9 +496,12 @@ def _without(tree: Any, paths: Iterable[tuple[int | str, ...]]) -> Any:
     for *parents, last in paths:
         if isinstance(last, int) and _section_at((*parents, last)) is None:  # an item of a list of plain values
             last = parents.pop()
+        owner = _section_at(parents)
+        if parents and owner is not None and last in owner.model_fields and owner.model_fields[last].is_required():
+            last = parents.pop()  # a mapping is nothing without what it must have
         node = tree
         for part in parents:
-            node = node[part]
+            node = node.get(part, {}) if isinstance(node, dict) else node[part]
         if isinstance(last, int):
             node[last] = {}
         elif not parents and last in Params.model_fields:
@@ -500,6 +518,10 @@ def _sections(path: tuple[str, ...], section: Section) -> Iterator[tuple[tuple[s
         value = getattr(section, name)
         if isinstance(value, Section):
             yield from _sections((*path, name), value)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                if isinstance(item, Section):
+                    yield from _sections((*path, name, key), item)
 
 
 def _explain(*, type: str, loc: tuple[int | str, ...], input: Any, **_: Any) -> str:
@@ -550,10 +572,15 @@ def _hint(value: Any, part: Mapping[str, Any]) -> str:
 def _section_at(loc: Iterable[int | str]) -> type[Section] | None:
     """The section class at a path of `Params`."""
     found: type[Section] | None = Params
+    keyed = False
     for part in loc:
         if found is None or isinstance(part, int):
             continue
-        found = section_of(found.model_fields[part].annotation) if part in found.model_fields else None
+        if keyed:  # the key of a mapping whose values are sections
+            keyed = False
+            continue
+        annotation = found.model_fields[part].annotation if part in found.model_fields else None
+        found, keyed = section_of(annotation), get_origin(annotation) is dict
     return found
 
 
@@ -578,6 +605,8 @@ def _lookup(node: Any, path: Iterable[str]) -> Any:
     for part in path:
         if isinstance(node, list):
             node = node[int(part)] if part.isdigit() and int(part) < len(node) else None
+        elif isinstance(node, dict):
+            node = node.get(part)
         else:
             node = getattr(node, part, None)
     return node.model_dump(exclude_unset=True) if isinstance(node, Section) else node

@@ -80,6 +80,8 @@ def reference() -> str:
         prefix = f"{name}."
         if "items" in inner:
             inner, prefix = dereference(schema, inner["items"]), f"{name}.<k>."
+        elif isinstance(inner.get("additionalProperties"), dict):
+            inner, prefix = dereference(schema, inner["additionalProperties"]), f"{name}.<name>."
         if "properties" in inner:
             parts.append(f"## {name}\n\n{_meaning(schema, part)}\n\n{_table(_rows(schema, inner, prefix, deep=True))}")
     return "\n".join(parts)

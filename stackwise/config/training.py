@@ -1,4 +1,4 @@
-"""Sections of everything that trains: stacks, optimizer, joint fine-tuning, fine-tuning, checkpoints."""
+"""Sections of everything that trains: stacks, optimizer, joint fine-tuning, checkpoints."""
 
 from typing import Literal
 
@@ -116,47 +116,6 @@ class JointParams(Section):
     """Samples per step."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
-
-
-class BranchParams(Section):
-    """One fine-tuning branch."""
-
-    steps: int = Field(default=150, ge=1)
-    """Optimizer steps."""
-    batch_size: int = Field(default=32, ge=1)
-    """Samples per step."""
-    lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate."""
-
-
-class MLMParams(BranchParams):
-    """The masked-LM branch."""
-
-    mask_rate: float = Field(default=0.15, gt=0, le=1)
-    """Share of the tokens that is masked."""
-    unit: Literal["token", "word"] = "token"
-    """What is masked: single tokens, or whole words."""
-    random_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the masked tokens that show a random token instead of the mask (BERT: 0.1)."""
-    keep_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of the masked tokens that show themselves (BERT: 0.1)."""
-
-    def problems(self) -> list[tuple[str, str]]:
-        """Shares of more than all masked tokens."""
-        if self.random_share + self.keep_share > 1:
-            return [("keep_share", f"expected at most {1 - self.random_share:g}, what random_share leaves")]
-        return []
-
-
-class FineTuneParams(Section):
-    """Fine-tuning branches of the fused rack; they run in parallel. A branch that is null does not exist."""
-
-    clm: BranchParams | None = None
-    """Causal language modelling: causal attention, every next token."""
-    mlm: MLMParams | None = None
-    """Masked language modelling at one mask rate."""
-    diffusion: BranchParams | None = None
-    """More mask-diffusion with all stacks training."""
 
 
 class CheckpointParams(Section):

@@ -93,9 +93,9 @@ def write_labelled_dataset(
             (directory / f"{split}.npy").open("wb") as of_ids,
             (directory / f"{split}_labels.npy").open("wb") as of_labels,
         ):
-            parts = ((of_ids, _dtype(vocabulary)), (of_labels, np.dtype("<i4")))
+            parts = ((of_ids, dtype_of(vocabulary)), (of_labels, np.dtype("<i4")))
             for file, dtype in parts:
-                _write_header(file, dtype, 0)
+                write_header(file, dtype, 0)
             for number, document in enumerate(documents, start=1):
                 for (file, dtype), values in zip(parts, document, strict=True):
                     file.write(values.astype(dtype).tobytes())
@@ -107,7 +107,7 @@ def write_labelled_dataset(
                     progress(number)
             for file, dtype in parts:
                 file.seek(0)
-                _write_header(file, dtype, n_tokens)
+                write_header(file, dtype, n_tokens)
         facts[split] = {"tokens": n_tokens, "bytes": n_bytes}
         if split == "train":
             np.save(directory / "counts.npy", counts)
@@ -192,11 +192,11 @@ def write_tokens(
         UserError: the tokenizer gives a text an id that is none of a text's.
     """
     vocabulary = vocabulary_of(tokenizer)
-    dtype = _dtype(vocabulary)
+    dtype = dtype_of(vocabulary)
     counts = np.zeros(vocabulary.size, np.int64)
     n_documents = n_bytes = 0
     with path.open("wb") as file:
-        _write_header(file, dtype, 0)
+        write_header(file, dtype, 0)
         for batch in _batches(documents):
             encoded = [i for ids in encode(tokenizer, batch) for i in (*ids, vocabulary.eos_id)]
             ids = np.array(encoded, np.int64)
@@ -214,16 +214,16 @@ def write_tokens(
                 progress(n_documents)
         n_tokens = int(counts.sum())
         file.seek(0)
-        _write_header(file, dtype, n_tokens)
+        write_header(file, dtype, n_tokens)
     return {"tokens": n_tokens, "bytes": n_bytes}, counts
 
 
-def _dtype(vocabulary: Vocabulary) -> np.dtype[Any]:
+def dtype_of(vocabulary: Vocabulary) -> np.dtype[Any]:
     """The smallest unsigned type that holds all ids."""
     return np.dtype("<u2" if vocabulary.mask_id < 2**16 else "<u4")
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype[Any], n: int) -> None:
+def write_header(file: BinaryIO, dtype: np.dtype[Any], n: int) -> None:
     """Header of a 1-D array of `n` elements; numpy pads it so that its length does not depend on `n`."""
     header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": (n,)}
     npy.write_array_header_1_0(file, header)

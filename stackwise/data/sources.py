@@ -9,7 +9,7 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def documents(params: DataParams, seed: int) -> Iterator[str]:
     source: Callable[[], Iterator[str]] = {
         "python-docs": python_docs,
         "files": lambda: _file_documents(params),
-        "hub": lambda: _column(_hub_rows(params), params.text_column),
+        "hub": lambda: _column(_dataset_rows(params), params.text_column),
         "dummy": lambda: islice(dummy_documents(seed), params.dummy_documents),
     }[params.source]
     return islice(source(), params.max_documents)
@@ -55,7 +55,7 @@ def labelled_documents(params: DataParams) -> Iterator[tuple[list[int], list[int
     assert params.labels_column is not None
     columns = (params.ids_column, params.labels_column)
     if params.source == "hub":
-        rows = _hub_rows(params)
+        rows = _dataset_rows(params)
     else:
         rows = (row for file in find_files(params.files) for row in _labelled_rows(file))
     for number, (where, row) in enumerate(islice(rows, params.max_documents)):
@@ -71,7 +71,7 @@ def labelled_documents(params: DataParams) -> Iterator[tuple[list[int], list[int
 def _labelled_rows(file: Path) -> Iterator[tuple[str, Any]]:
     if file.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"data.files: {file} cannot hold lists of ids; expected .jsonl or .parquet: narrow the glob")
-    return _table_rows(file)
+    return table_rows(file)
 
 
 def _integers(row: Any, column: str, where: str) -> list[int]:
@@ -147,8 +147,12 @@ def _docstrings(module: Path) -> Iterator[str]:
 # --- files
 
 
-def find_files(globs: list[str]) -> list[Path]:
-    """The files that `data.files` names: glob by glob, sorted within each, every file once.
+def find_files(globs: list[str], key: str = "data.files") -> list[Path]:
+    """The files that some globs name: glob by glob, sorted within each, every file once.
+
+    Args:
+        globs: relative to the current directory.
+        key: the parameter that holds them, for messages.
 
     Raises:
         UserError: a glob matches no file, or a file of a type that cannot be read.
@@ -157,29 +161,34 @@ def find_files(globs: list[str]) -> list[Path]:
     for pattern in globs:
         matches = list(filter(Path.is_file, map(Path, sorted(glob.glob(pattern, recursive=True)))))
         if not matches:
-            raise UserError(
-                f"data.files: {pattern!r} matches no file in {Path.cwd()}; correct the glob or add the files"
-            )
+            raise UserError(f"{key}: {pattern!r} matches no file in {Path.cwd()}; correct the glob or add the files")
         found.update(dict.fromkeys(matches))
     for file in found:
         if file.suffix not in (".txt", *READERS):
             known = ", ".join((".txt", *READERS))
-            raise UserError(f"data.files: {file} is of an unknown type; expected {known}: narrow the glob")
+            raise UserError(f"{key}: {file} is of an unknown type; expected {known}: narrow the glob")
     return list(found)
 
 
 def _file_documents(params: DataParams) -> Iterator[str]:
     for file in find_files(params.files):
         if file.suffix == ".txt":
-            yield from _text_documents(file)
+            yield from text_documents(file)
         else:
-            yield from _column(_table_rows(file, params.text_column), params.text_column)
+            yield from _column(table_rows(file, (params.text_column,)), params.text_column)
 
 
-def _text_documents(file: Path) -> Iterator[str]:
+def text_documents(file: Path, key: str = "data.files") -> Iterator[str]:
     """A text file as documents: one if it is short, else pieces that end with a paragraph or at least a line.
 
     Pieces are short enough for the split to draw held-out text from within a single long file.
+
+    Args:
+        file: in UTF-8.
+        key: the parameter that names it, for messages.
+
+    Raises:
+        UserError: while iterating: it is unreadable.
     """
     try:
         with file.open(encoding="utf-8-sig") as f:
@@ -190,9 +199,9 @@ def _text_documents(file: Path) -> Iterator[str]:
                 rest = rest[end:]
     except UnicodeDecodeError as error:
         reason = f"is not UTF-8 ({error.reason}); convert it or leave it out"
-        raise UserError(f"data.files: {file} {reason}") from None
+        raise UserError(f"{key}: {file} {reason}") from None
     except OSError as error:
-        raise UserError(f"data.files: {file} cannot be read ({error.strerror})") from None
+        raise UserError(f"{key}: {file} cannot be read ({error.strerror})") from None
 
 
 def _end_of_piece(text: str) -> int:
@@ -203,8 +212,17 @@ def _end_of_piece(text: str) -> int:
     return len(text)
 
 
-def _table_rows(file: Path, text_column: str | None = None) -> Iterator[tuple[str, Any]]:
-    """What it is called, and each row of a table as a mapping of its columns."""
+def table_rows(file: Path, texts: Collection[str] = (), key: str = "data.files") -> Iterator[tuple[str, Any]]:
+    """What it is called, and each row of a table as a mapping of its columns.
+
+    Args:
+        file: of a type in `READERS`.
+        texts: columns that hold text, whatever a .csv file looks like there.
+        key: the parameter that names the file, for messages.
+
+    Raises:
+        UserError: while iterating: it is unreadable.
+    """
     if file.suffix == ".jsonl" and file.stat().st_size == 0:  # valid, though `datasets` fails on it
         return
     import datasets
@@ -212,7 +230,8 @@ def _table_rows(file: Path, text_column: str | None = None) -> Iterator[tuple[st
     options: dict[str, Any] = {}
     if file.suffix == ".csv":
         # text stays text, also where it says 12 or NA
-        options = {"converters": {text_column: str}, "keep_default_na": False, "chunksize": 1000}
+        converters = dict.fromkeys(texts, str)
+        options = {"converters": converters, "keep_default_na": False, "chunksize": 1000}
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would print is in the error below
     try:
         rows = datasets.load_dataset(
@@ -226,26 +245,39 @@ def _table_rows(file: Path, text_column: str | None = None) -> Iterator[tuple[st
             yield str(file), row
     except Exception as error:  # each reader fails in its own ways
         raise UserError(
-            f"data.files: {file} cannot be read as {file.suffix} ({_first_line(error)}); repair it or leave it out"
+            f"{key}: {file} cannot be read as {file.suffix} ({_first_line(error)}); repair it or leave it out"
         ) from error
 
 
 # --- hub
 
 
-def _hub_rows(params: DataParams) -> Iterator[tuple[str, Any]]:
-    """What it is called, and each row of the data set as a mapping of its columns."""
+def _dataset_rows(params: DataParams) -> Iterator[tuple[str, Any]]:
+    return hub_rows(params.dataset or "", params.split)
+
+
+def hub_rows(dataset: str, split: str, key: str = "data") -> Iterator[tuple[str, Any]]:
+    """What it is called, and each row of a data set as a mapping of its columns.
+
+    Args:
+        dataset: `name` or `name:configuration`.
+        split: of it.
+        key: the section that names it, for messages.
+
+    Raises:
+        UserError: while iterating: it cannot be read.
+    """
     import datasets
 
-    name, _, configuration = (params.dataset or "").partition(":")
-    where = f"data.dataset = {params.dataset}, data.split = {params.split}"
+    name, _, configuration = dataset.partition(":")
+    where = f"{key}.dataset = {dataset}, {key}.split = {split}"
     try:
-        for row in datasets.load_dataset(name, configuration or None, split=params.split, streaming=True):
-            yield f"the data set {params.dataset}", row
+        for row in datasets.load_dataset(name, configuration or None, split=split, streaming=True):
+            yield f"the data set {dataset}", row
     except Exception as error:  # network, hub and file formats fail in their own ways
         raise UserError(
             f"{where}: cannot be read ({_first_line(error)}); check the names (dataset or "
-            "dataset:configuration) and the network, or download the data and set data.source to files"
+            "dataset:configuration) and the network, or download the data and name its files"
         ) from error
 
 

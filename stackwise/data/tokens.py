@@ -1,4 +1,4 @@
-"""Token files: a 1-D .npy of ids for each split, and perhaps one of labels, cut into samples without copying."""
+"""Token files: a 1-D .npy of ids for each split, perhaps of labels and segments, cut into samples without copying."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +31,14 @@ class Vocabulary:
 class TokenDataset:
     """Consecutive samples of equal length in a token file, which stays on disk; the rest is left out."""
 
-    def __init__(self, path: Path, seq_len: int, labels: Path | None = None) -> None:
+    def __init__(self, path: Path, seq_len: int, labels: Path | None = None, segments: Path | None = None) -> None:
         """Open a token file.
 
         Args:
             path: a 1-D .npy of ids.
             seq_len: tokens of a sample.
             labels: one of the same length with the label of each position, -100 where there is none.
+            segments: likewise, with the number of each position's row where whole rows are packed into samples.
 
         Raises:
             UserError: the file holds not even one sample.
@@ -51,9 +52,10 @@ class TokenDataset:
             )
         self.seq_len = seq_len
         self._samples = tokens[: n * seq_len].reshape(n, seq_len)
-        self._labels = None
-        if labels is not None:
-            self._labels = np.load(labels, mmap_mode="r")[: n * seq_len].reshape(n, seq_len)
+        self._labels, self._segments = (
+            None if file is None else np.load(file, mmap_mode="r")[: n * seq_len].reshape(n, seq_len)
+            for file in (labels, segments)
+        )
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -74,6 +76,18 @@ class TokenDataset:
             raise UserError("data.labels_column = null: the corpus has no labels, which objective.type custom needs")
         labels: NDArray[np.int64] = self._labels[indices].astype(np.int64)
         return labels
+
+    @property
+    def packed(self) -> bool:
+        """Whether its samples are rows that do not see each other, packed whole, with labels."""
+        return self._segments is not None
+
+    def segments(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The number of each position's row in the samples `indices` `[n, seq_len]`, where rows are packed; what fills
+        a sample up has a number of its own."""
+        assert self._segments is not None, "no rows are packed here"
+        segments: NDArray[np.int64] = self._segments[indices].astype(np.int64)
+        return segments
 
 
 @dataclass(frozen=True)
@@ -101,13 +115,19 @@ def open_tokens(artifact: Artifact, seq_len: int) -> Tokens:
     """Open a tokens artifact for samples of `seq_len` tokens.
 
     Raises:
-        UserError: a split holds not even one sample.
+        UserError: a split holds not even one sample, or rows were packed into samples of another length.
     """
     facts = artifact.facts
+    if facts.get("packed", seq_len) != seq_len:
+        raise UserError(
+            f"seq_len = {seq_len}: {artifact.path} holds rows packed into samples of {facts['packed']} tokens; run "
+            "`dvc repro` or `snakemake`, which pack them again"
+        )
 
     def split(name: str) -> TokenDataset:
         labels = artifact.path / f"{name}_labels.npy" if facts.get("labelled") else None
-        return TokenDataset(artifact.path / f"{name}.npy", seq_len, labels)
+        segments = artifact.path / f"{name}_segments.npy" if facts.get("packed") else None
+        return TokenDataset(artifact.path / f"{name}.npy", seq_len, labels, segments)
 
     return Tokens(
         train=split("train"),

@@ -49,6 +49,23 @@ class TokenBatches:
             torch.from_numpy(task.inputs) if activations is None else activations,
             task.targets,
             torch.from_numpy(task.times.astype(np.float32)),
-            None if self.eos_id is None else segments_of_documents(torch.from_numpy(tokens), self.eos_id),
+            segments_of(self.tokens, samples, tokens, self.eos_id),
             None if self.known is None else torch.from_numpy(self.known(tokens, samples, variants).inputs),
         )
+
+
+def segments_of(dataset: TokenDataset, samples: np.ndarray, tokens: np.ndarray, eos_id: int | None) -> Tensor | None:
+    """Who sees whom in some samples: packed rows never see each other, documents do unless `eos_id` tells them apart.
+
+    Args:
+        dataset: that holds them.
+        samples: `[n]`.
+        tokens: their ids without masks `[n, seq]`.
+        eos_id: end of a text, if attention stays within documents.
+
+    Returns:
+        `[n, seq]` int64; None where all see all.
+    """
+    if dataset.packed:
+        return torch.from_numpy(dataset.segments(samples))
+    return None if eos_id is None else segments_of_documents(torch.from_numpy(tokens), eos_id)

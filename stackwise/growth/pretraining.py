@@ -11,7 +11,13 @@ from stackwise.data.order import SampleOrder, groups_of
 from stackwise.data.tokens import TokenDataset
 from stackwise.objectives.masks import MaskRates
 from stackwise.objectives.schedules import Curriculum, MaskScheduler
-from stackwise.objectives.targets import CausalObjective, CustomObjective, MaskDiffusionObjective, Objective
+from stackwise.objectives.targets import (
+    CausalObjective,
+    CompletionObjective,
+    CustomObjective,
+    MaskDiffusionObjective,
+    Objective,
+)
 from stackwise.objectives.words import Words
 
 
@@ -44,7 +50,7 @@ def build_objective(
         params: the section `objective`.
         time: `model.time`, which says whether a batch shares t.
         seed: of the pipeline.
-        tokens: the training split.
+        tokens: the training split; where its rows are packed, only what has a label is asked for.
         mask_id: id of the mask token.
         words: for whole-word masking.
         order: in which the samples are visited.
@@ -54,7 +60,7 @@ def build_objective(
         fraction: the mask rate, where a stack has one of its own.
     """
     if params.type == "clm":
-        return CausalObjective()
+        return CompletionObjective(tokens) if tokens.packed else CausalObjective()
     if params.type == "custom":
         return CustomObjective(tokens, params.causal)
     curriculum = None
@@ -66,7 +72,8 @@ def build_objective(
         curriculum = Curriculum(scheduler, order, batch_size, steps)
     groups = _groups(len(tokens), _group(time, batch_size), seed)
     rates = MaskRates(params, seed, fraction=fraction, curriculum=curriculum, groups=groups)
-    return MaskDiffusionObjective(params, seed, mask_id, rates=rates, words=words)
+    only = tokens if tokens.packed else None
+    return MaskDiffusionObjective(params, seed, mask_id, rates=rates, words=words, only=only)
 
 
 def _group(time: TimeParams, batch_size: int) -> int:

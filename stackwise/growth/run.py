@@ -1,7 +1,7 @@
 """A rack that grows in a directory, phase by phase, without an engine."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,13 +75,13 @@ class GrowthRun:
                 return write_corpus(documents(data, params.seed), directory, params=data, seed=params.seed)
             return write_labelled_corpus(labelled_documents(data), directory, params=data, seed=params.seed)
 
-        corpus = self._made("artifacts/corpus", CORPUS, {}, corpus_into)
+        corpus = self.made("artifacts/corpus", CORPUS, {}, corpus_into)
         tokenizer = params.tokenizer
         if tokenizer.takes_along:
             source = params.growth.start or params.model.embeddings.source or params.model.head.source
             tokenizer = tokenizer.model_copy(update={"name": source})
         write = write_labelled_dataset if corpus.facts.get("labelled") else write_token_dataset
-        return self._made(
+        return self.made(
             "artifacts/tokens", TOKENS, {"corpus": corpus}, lambda directory: write(corpus.path, directory, tokenizer)
         )
 
@@ -128,22 +128,14 @@ class GrowthRun:
             return self._imported(phase)
         given = self.inputs(phase)
         roles = _roles(given)
-        key = {
-            "params": self._resolved(),
-            "inputs": {role: artifact.digest for role, artifact in roles.items()},
-            "code": digest_code(("stackwise",)),
-        }
-        file = self.directory / "checkpoints" / f"{phase.name}-{digest_json(key)[:32]}.safetensors"
-        checkpoints = Checkpoints(file)
+        checkpoints = self.checkpoints(phase.name, roles)
 
         def train_into(directory: Path) -> dict[str, Any]:
             trained = train_phase(given, device=self.device, checkpoints=checkpoints, watcher=watcher)
-            curve = self.directory / "metrics/loss" / f"{phase.name}.json"
-            curve.parent.mkdir(parents=True, exist_ok=True)
-            curve.write_text(json.dumps(loss_curve(trained.losses), indent=1) + "\n")
+            self.write_losses(phase.name, trained.losses)
             return trained.save(directory)
 
-        training = Training(self._made(phase.path, KIND, roles, train_into))
+        training = Training(self.made(phase.path, KIND, roles, train_into))
         checkpoints.discard()
         return training
 
@@ -152,7 +144,22 @@ class GrowthRun:
         tokens = self.tokens()
         vocab_size = int(tokens.facts["vocab_size"])
         write = partial(import_stacks, self.params, vocab_size=vocab_size)
-        return Training(self._made(phase.path, KIND, {"tokens": tokens}, write))
+        return Training(self.made(phase.path, KIND, {"tokens": tokens}, write))
+
+    def checkpoints(self, name: str, inputs: Mapping[str, Artifact]) -> Checkpoints:
+        """Those of a training, which goes on from them if it has the same parameters, inputs and code."""
+        key = {
+            "params": self._resolved(),
+            "inputs": {role: artifact.digest for role, artifact in inputs.items()},
+            "code": digest_code(("stackwise",)),
+        }
+        return Checkpoints(self.directory / "checkpoints" / f"{name}-{digest_json(key)[:32]}.safetensors")
+
+    def write_losses(self, name: str, losses: Sequence[float]) -> None:
+        """Write the loss curve of a training."""
+        curve = self.directory / "metrics/loss" / f"{name}.json"
+        curve.parent.mkdir(parents=True, exist_ok=True)
+        curve.write_text(json.dumps(loss_curve(losses), indent=1) + "\n")
 
     def trunk(self, version: Version) -> TrunkStack:
         """A stack as frozen ground for others."""
@@ -160,7 +167,7 @@ class GrowthRun:
         path = f"artifacts/trunk/{version.stack}" + f"_sweep_{phase.sweep}" * bool(phase.sweep)
         training, precision = self.training(version.weights), self.params.trunk.precision_of(version.stack)
         return TrunkStack(
-            self._made(
+            self.made(
                 path,
                 TRUNK,
                 {"training": training.artifact},
@@ -198,7 +205,7 @@ class GrowthRun:
             }
 
         inputs = {**_numbered("training", (t.artifact for t in trainings)), "tokens": tokens}
-        return self._made("artifacts/fused", RACK, inputs | _numbered("trunk", (s.artifact for s in trunk)), fuse_into)
+        return self.made("artifacts/fused", RACK, inputs | _numbered("trunk", (s.artifact for s in trunk)), fuse_into)
 
     def _boundary(self, phase: Phase, given: PhaseInputs) -> Artifact:
         """The identity of the boundary that a phase reads; its activations are there then."""
@@ -211,12 +218,20 @@ class GrowthRun:
                 return boundaries.facts()
 
         roles = {role: a for role, a in _roles(given).items() if role.split(".")[0] in ("tokens", "adapted", "trunk")}
-        return self._made(phase.boundary, BOUNDARY, roles, identify)
+        return self.made(phase.boundary, BOUNDARY, roles, identify)
 
-    def _made(
+    def made(
         self, path: str, kind: str, inputs: Mapping[str, Artifact], write: Callable[[Path], dict[str, Any]]
     ) -> Artifact:
-        """An artifact, made by `write`, which returns its facts, unless it is there, whole and from these inputs."""
+        """An artifact of this directory.
+
+        Args:
+            path: where it lies in the directory.
+            kind: of it.
+            inputs: what it is made from, by role.
+            write: makes it in a directory that is there, and returns its facts; not called if the artifact is there
+                already, whole and from the same inputs.
+        """
         try:
             found = self._read(path, kind)
             if found.inputs == {role: artifact.digest for role, artifact in inputs.items()}:

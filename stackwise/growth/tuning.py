@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from stackwise.config.model import ModelParams
 from stackwise.config.objective import ObjectiveParams
 from stackwise.config.params import Params
 from stackwise.data.tokens import Tokens
@@ -108,25 +109,14 @@ def tune_rack(
     Raises:
         UserError: there are fewer samples than a batch that shares t has; or see `train`.
     """
-    time, vocabulary = rack.shape.model.time, tokens.vocabulary
-    order = visiting_order(len(tokens.train), seed=params.seed, stream=stream, time=time, batch_size=batch_size)
-    objective = build_objective(
-        objective_params,
-        time,
-        seed=params.seed,
-        tokens=tokens.train,
-        mask_id=vocabulary.mask_id,
-        words=Words(tokens.word_starts, vocabulary.eos_id),
-        order=order,
-        batch_size=batch_size,
-        steps=steps,
+    batches = rack_batches(
+        params, rack.shape.model, tokens, objective_params, stream=stream, steps=steps, batch_size=batch_size
     )
-    eos_id = vocabulary.eos_id if rack.shape.model.document_mask else None
     losses = train_window(
         params,
         Window.of(rack, checkpointing=params.compute.activation_checkpointing),
-        TokenBatches(tokens.train, order, objective, batch_size, params.optimizer.accumulate, eos_id),
-        causal=objective.causal,
+        batches,
+        causal=batches.objective.causal,
         steps=steps,
         lr=lr,
         device=device,
@@ -135,6 +125,45 @@ def tune_rack(
     )
     rack.cpu()
     return losses
+
+
+def rack_batches(
+    params: Params,
+    model: ModelParams,
+    tokens: Tokens,
+    objective_params: ObjectiveParams,
+    *,
+    stream: str,
+    steps: int,
+    batch_size: int,
+) -> TokenBatches:
+    """What each step of the training of a whole rack sees.
+
+    Args:
+        params: with seed and optimizer.
+        model: the architecture, which says what is known of t and whether documents see each other.
+        tokens: of which the training split is taken.
+        objective_params: what is learned.
+        stream, steps, batch_size: as of `tune_rack`.
+
+    Raises:
+        UserError: there are fewer samples than a batch that shares t has.
+    """
+    vocabulary = tokens.vocabulary
+    order = visiting_order(len(tokens.train), seed=params.seed, stream=stream, time=model.time, batch_size=batch_size)
+    objective = build_objective(
+        objective_params,
+        model.time,
+        seed=params.seed,
+        tokens=tokens.train,
+        mask_id=vocabulary.mask_id,
+        words=Words(tokens.word_starts, vocabulary.eos_id),
+        order=order,
+        batch_size=batch_size,
+        steps=steps,
+    )
+    eos_id = vocabulary.eos_id if model.document_mask else None
+    return TokenBatches(tokens.train, order, objective, batch_size, params.optimizer.accumulate, eos_id)
 
 
 def loss_curve(losses: Sequence[float]) -> list[dict[str, float]]:

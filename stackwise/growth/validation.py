@@ -9,8 +9,9 @@ import torch
 from stackwise.config.objective import MASKED, ObjectiveParams
 from stackwise.data.tokens import Tokens
 from stackwise.errors import UserError
+from stackwise.growth.batches import segments_of
 from stackwise.growth.window import Batch, Trunk, Window
-from stackwise.model.context import Context, segments_of_documents
+from stackwise.model.context import Context
 from stackwise.objectives.held_out import BoundObjective, spread
 from stackwise.objectives.targets import CausalObjective, CustomObjective, Objective
 from stackwise.precision.dtypes import autocast
@@ -26,6 +27,7 @@ def held_out_batches(
     trunk: Trunk | None = None,
     device: torch.device,
     keep: torch.dtype = torch.float32,
+    key: str = "stack",
 ) -> list[Batch]:
     """Held-out text as a window sees it; always the same.
 
@@ -38,6 +40,7 @@ def held_out_batches(
         trunk: frozen stacks below the window: all passes through them here, and the boundary is kept.
         device: computes that.
         keep: format in which the boundary is kept, on the CPU.
+        key: the section that holds `stop_samples`, for messages.
 
     Raises:
         UserError: none of the samples asks for anything.
@@ -47,7 +50,8 @@ def held_out_batches(
     for part in np.array_split(numbers, math.ceil(len(chosen) / batch_size)):
         ids = tokens.validation.samples(chosen[part])
         task = objective(ids, chosen[part], part)
-        segments = segments_of_documents(torch.from_numpy(ids), tokens.vocabulary.eos_id) if document_mask else None
+        eos_id = tokens.vocabulary.eos_id if document_mask else None
+        segments = segments_of(tokens.validation, chosen[part], ids, eos_id)
         times = torch.from_numpy(task.times.astype(np.float32))
         inputs = torch.from_numpy(task.inputs)
         if trunk is not None:
@@ -58,8 +62,8 @@ def held_out_batches(
         batches.append(Batch(inputs, task.targets, times, segments))
     if not any(len(batch.targets.rows) for batch in batches):
         raise UserError(
-            f"stack.stop_samples = {samples}: none of these held-out samples has a label; raise it or "
-            "data.validation_fraction, give documents with labels, or set stack.stop_every to null"
+            f"{key}.stop_samples = {samples}: none of these held-out samples has a label; raise it or the "
+            f"validation_fraction of the data, give documents with labels, or set {key}.stop_every to null"
         )
     return batches
 

@@ -67,7 +67,7 @@ class ProgressiveTrainer:
         Raises:
             UserError: the run has another config, or the machine cannot do what is asked.
         """
-        run = self._run(run_id)
+        run = self.run(run_id)
         for phase in run.phases:
             run.train(phase, watcher or Silent())
         return load_rack(run.fused().path).eval()
@@ -83,7 +83,7 @@ class ProgressiveTrainer:
         Raises:
             UserError: there is no such training, or one that it goes on from has not been done.
         """
-        run = self._run(run_id)
+        run = self.run(run_id)
         return ProgressiveDataLoader(run.inputs(_phase(run, stack, sweep)), device=run.device)
 
     def save_full_precision(self, run_id: str | None = None) -> Path:
@@ -95,7 +95,7 @@ class ProgressiveTrainer:
         Raises:
             UserError: the run is not complete.
         """
-        run = self._run(run_id)
+        run = self.run(run_id)
         trainings, trunk, order = run.parts()
         parts = {TRAINING: [t.artifact for t in trainings], TRUNK: [stack.artifact for stack in trunk]}
         place = run.directory / RECORD
@@ -152,8 +152,12 @@ class ProgressiveTrainer:
         trunk = [TrunkStack(self._saved(name, path, TRUNK)) for path in record.facts[TRUNK]]
         return rack_of(self.config.params, trainings, trunk, record.facts["order"]).eval()
 
-    def _run(self, run_id: str | None) -> GrowthRun:
-        """The run of a name; a new one writes down its config."""
+    def run(self, run_id: str | None = None) -> GrowthRun:
+        """The run of a name; a new one writes down its config.
+
+        Raises:
+            UserError: the run has another config, or the name cannot be that of a directory.
+        """
         params, name = self.config.params, self._name(run_id)
         directory, identity = self._directory / name, self._identity()
         file = directory / CONFIG

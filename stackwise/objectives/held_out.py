@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stackwise.objectives.masks import draw_mask
-from stackwise.objectives.targets import Task, masked_targets
+from stackwise.objectives.targets import NO_TARGET, Labels, Task, masked_targets
 
 
 def spread(n: int, count: int) -> NDArray[np.int64]:
@@ -41,6 +41,39 @@ class BoundObjective:
         phase = (variants * ((math.sqrt(5) - 1) / 2) + 0.5) % 1.0
         masked = 1 + np.minimum((phase * seq).astype(int), seq - 1)
         return masked_task(tokens, masked / seq, variants, seed=self.seed, mask_id=self.mask_id)
+
+
+@dataclass(frozen=True)
+class CompletionBoundObjective:
+    """The bound of `BoundObjective` on the tokens that have a label, given all others, which are never hidden.
+
+    Of a sample's L such tokens n are masked, n uniform on 1 ... L. Weights are L / n, scaled so that `target_loss` is
+    the mean over the labelled tokens of the batch (nats per token).
+    """
+
+    source: Labels
+    seed: int
+    mask_id: int
+    causal: bool = False
+    variants: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """As `Objective` says."""
+        return {"seed": self.seed, "bound": True}
+
+    def __call__(self, tokens: np.ndarray, samples: np.ndarray, variants: np.ndarray) -> Task:
+        """As `Objective` says; the rate of a sample is the share of its labelled tokens that is masked."""
+        candidates = self.source.labels(samples) != NO_TARGET
+        counts = candidates.sum(axis=1)
+        phase = (variants * ((math.sqrt(5) - 1) / 2) + 0.5) % 1.0
+        masked = np.minimum(1 + (phase * counts).astype(int), counts)
+        mask = np.zeros(tokens.shape, dtype=bool)
+        for i, (n, draw) in enumerate(zip(masked.tolist(), variants.tolist(), strict=True)):
+            order = np.random.default_rng([self.seed, draw % 2**32]).permutation(np.flatnonzero(candidates[i]))
+            mask[i, order[:n]] = True
+        weights = counts / np.maximum(1, masked) * (tokens.size / max(1, counts.sum()))
+        inputs = np.where(mask, self.mask_id, tokens)
+        return Task(inputs, masked_targets(tokens, mask, weights), masked / np.maximum(1, counts))
 
 
 def masked_task(tokens: np.ndarray, rates: np.ndarray, draws: np.ndarray, *, seed: int, mask_id: int) -> Task:

@@ -91,6 +91,9 @@ class MaskDiffusionObjective:
     """The mask rates (None: drawn as the parameters say)."""
     words: Words | None = None
     """Needed where whole words are masked."""
+    only: "Labels | None" = None
+    """Where tokens come with labels: only those that have one are ever hidden, so a prompt is always seen whole, and
+    the loss is the mean over them (Nie et al. 2025, LLaDA, supervised fine-tuning)."""
 
     @property
     def variants(self) -> int:
@@ -119,6 +122,10 @@ class MaskDiffusionObjective:
                 self._assigners[seq] = FixedMaskAssigner(params, seed=self.seed, seq=seq, rates=self.rates)
             rates, mask = self._assigners[seq](samples, variants, words)
             variants = variants % params.variants
+        share = 1.0
+        if self.only is not None:
+            candidates = self.only.labels(samples) != NO_TARGET
+            mask, share = mask & candidates, candidates.mean()
         inputs = corrupt(
             tokens,
             mask,
@@ -132,6 +139,8 @@ class MaskDiffusionObjective:
         weights = np.ones_like(rates) if params.weighting == "plain" else 1.0 / rates
         if params.type == "mlm":  # a mean over the masked tokens; diffusion sums them over the share of all tokens
             weights *= mask.size / max(1, mask.sum())
+        elif self.only is not None:
+            weights /= max(share, 1 / mask.size)
         targets = masked_targets(tokens, mask, weights)
         return Task(inputs, replace(targets, embedding_weight=params.embedding_weight), rates)
 
@@ -168,6 +177,54 @@ class Labels(Protocol):
         ...
 
 
+class PackedLabels(Labels, Protocol):
+    """Likewise, of samples that hold rows that do not see each other."""
+
+    def segments(self, indices: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The number of each position's row `[n, seq]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class CompletionObjective:
+    """Next-token prediction of the tokens that have a label, each from what stands before it in its own row.
+
+    The loss is the mean over them. The first token of a row is predicted by nobody.
+    """
+
+    source: PackedLabels
+    causal: bool = True
+    variants: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """As `Objective` says."""
+        return {"causal": True}
+
+    def __call__(self, tokens: np.ndarray, samples: np.ndarray, variants: np.ndarray) -> Task:
+        """As `Objective` says; the model sees all tokens, and variants make no difference."""
+        labels, segments = self.source.labels(samples), self.source.segments(samples)
+        following = np.full_like(labels, NO_TARGET)
+        following[:, :-1] = np.where(segments[:, 1:] == segments[:, :-1], labels[:, 1:], NO_TARGET)
+        return Task(tokens, mean_targets(following), np.zeros(len(tokens)))
+
+
+@dataclass(frozen=True)
+class ClassesObjective:
+    """The class of each position that has one, read in both directions; the loss is the mean over these positions."""
+
+    source: Labels
+    causal: bool = False
+    variants: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """As `Objective` says."""
+        return {"causal": False}
+
+    def __call__(self, tokens: np.ndarray, samples: np.ndarray, variants: np.ndarray) -> Task:
+        """As `Objective` says; the model sees all tokens, and variants make no difference."""
+        return Task(tokens, mean_targets(self.source.labels(samples)), np.zeros(len(tokens)))
+
+
 @dataclass(frozen=True)
 class CustomObjective:
     """Targets that come with the data: the label of each position, none where it is `NO_TARGET`.
@@ -188,6 +245,16 @@ class CustomObjective:
         labels = self.source.labels(samples)
         targets = masked_targets(labels, labels != NO_TARGET, np.ones(len(tokens)))
         return Task(tokens, targets, np.zeros(len(tokens)))
+
+
+def mean_targets(labels: NDArray[np.int64]) -> Targets:
+    """Targets whose loss is the mean over all that there are.
+
+    Args:
+        labels: `[batch, seq]`, `NO_TARGET` where there is none.
+    """
+    wanted = labels != NO_TARGET
+    return masked_targets(labels, wanted, np.full(len(labels), labels.size / max(1, wanted.sum())))
 
 
 def masked_targets(tokens: np.ndarray, mask: np.ndarray, weights: np.ndarray) -> Targets:

@@ -210,12 +210,13 @@ class Builder:
             tuple(Projection(self._matrix(matrix, learns=learns)) for matrix in adapter),
         )
 
-    def head(self, vocabulary: Vocabulary, embeddings: Embeddings | None) -> Head:
+    def head(self, vocabulary: Vocabulary, embeddings: Embeddings | None, *, learns: bool = True) -> Head:
         """The head. It learns, but for a projection that does not train or is tied to embeddings that do not learn.
 
         Args:
             vocabulary: sizes.
             embeddings: to which it may be tied.
+            learns: whether it learns at all.
         """
         model = vocabulary.model
         part = weights.head_weights(model, vocabulary.size, vocabulary.head_width)
@@ -224,9 +225,19 @@ class Builder:
             assert embeddings is not None, "a head that is tied wants embeddings"
             projection = embeddings.table
         else:
-            projection = self._matrix(own.pop("projection"), learns=model.head.train)
-        adapter = tuple(Projection(self._matrix(matrix, learns=True)) for matrix in own.values())
-        return Head(self._vector(model.d_model, learns=True), projection, adapter)
+            projection = self._matrix(own.pop("projection"), learns=learns and model.head.train)
+        adapter = tuple(Projection(self._matrix(matrix, learns=learns)) for matrix in own.values())
+        return Head(self._vector(model.d_model, learns=learns), projection, adapter)
+
+    def classification_head(self, model: ModelParams, classes: int) -> Head:
+        """The head of a classifier, which learns.
+
+        Args:
+            model: the architecture.
+            classes: how many it tells apart.
+        """
+        projection = weights.Matrix("projection", classes, model.d_model)
+        return Head(self._vector(model.d_model, learns=True), self._matrix(projection, learns=True), ())
 
     def _projection(self, plan: StackPlan, matrix: weights.Matrix, compute: Compute, rounded: Compute) -> Projection:
         bias = self._vector(matrix.rows, learns=plan.learns) if matrix.bias else None

@@ -41,6 +41,9 @@ class Step:
     boundary_bytes: int = 2
     """Of a number in the boundary, as it is read, or as what is computed below is rounded."""
     embeddings_learn: bool = False
+    head_learns: bool = True
+    classes: int | None = None
+    """Of a classifier, whose head is one of its own: how many it tells apart."""
     embedding_term: bool = False
     """Whether there is a loss in embedding space (`objective.embedding_weight`)."""
     consistency_term: bool = False
@@ -109,12 +112,16 @@ class _Rehearsal:
         self._builder = Builder(meter, step.device)
         self._trunk_compute = step.trunk_compute or step.compute
         own = step.vocabulary
-        used = own.model.tie_embeddings or step.embedding_term or step.consistency_term
+        tied = own.model.tie_embeddings and step.classes is None
+        used = tied or step.embedding_term or step.consistency_term
         self._embeddings = None
         if used or not (step.from_boundary or step.below):
             self._embeddings = self._builder.embeddings(own, learns=step.embeddings_learn)
         self._stacks = [self._builder.stack(plan, step.compute, self._trunk_compute) for plan in step.window]
-        self._head = self._builder.head(own, self._embeddings)
+        if step.classes is None:
+            self._head = self._builder.head(own, self._embeddings, learns=step.head_learns)
+        else:
+            self._head = self._builder.classification_head(own.model, step.classes)
         self._trunk = self._load_trunk() if step.below and step.below_stays else None
         self._learning = _learning(*self._stacks, self._head, self._embeddings)
         self._states = [Storage(meter, state_bytes(w.size, step.optimizer), "optimizer") for w in self._learning]

@@ -22,8 +22,13 @@ from stackwise.precision.stored import StoredLinear
 _BY_BITSANDBYTES = ("int8", "fp4", "nf4")
 
 
-def check_precision(precision: Precision, device: torch.device) -> None:
+def check_precision(precision: Precision, device: torch.device, *, key: str = "trunk.precision") -> None:
     """Make sure that this machine can compute on `device` with matrices in a format.
+
+    Args:
+        precision: the format.
+        device: that computes.
+        key: the parameter that names the format, for messages.
 
     Raises:
         UserError: it cannot.
@@ -36,10 +41,10 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         problem = f"needs the package bitsandbytes, {lacking}"
     else:
         return
-    raise UserError(
-        f"params.yaml: trunk.precision = {precision}: {problem}, or set it (and trunk.precisions) to bfloat16, half or "
-        "full"
+    others = (
+        "it (and trunk.precisions) to bfloat16, half or full" if key == "trunk.precision" else "it to bfloat16 or half"
     )
+    raise UserError(f"params.yaml: {key} = {precision}: {problem}, or set {others}")
 
 
 def quantize(stack: nn.Module, precision: Precision) -> None:

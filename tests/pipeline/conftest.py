@@ -39,9 +39,8 @@ TINY: dict[str, Any] = {
     "stacks": [{}, {}],
     "compute": {"dtype": "bf16", "threads": 1, "branch_threads": 1},
     "fine_tune": {
-        "clm": {"steps": 8, "batch_size": 4, "lr": 1.0e-3},
-        "mlm": None,
-        "diffusion": {"steps": 8, "batch_size": 4, "lr": 1.0e-3},
+        "clm": {"objective": "clm", "steps": 8, "batch_size": 4, "lr": 1.0e-3},
+        "diffusion": {"objective": "diffusion", "steps": 8, "batch_size": 4, "lr": 1.0e-3},
     },
     "evaluate": {"samples": 8, "draws": 2, "batch_size": 8},
     "analyse": {"samples": 4, "tokens": 8, "heads": 2},

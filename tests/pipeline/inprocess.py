@@ -30,7 +30,10 @@ BASE: dict[str, Any] = {
     "compute": {"dtype": "fp32", "threads": 1, "device": "cpu"},
     "trunk": {},
     "joint": {"batch_size": 4},
-    "fine_tune": {"clm": {"steps": 2, "batch_size": 4}, "mlm": {"steps": 2, "batch_size": 4}},
+    "fine_tune": {
+        "clm": {"objective": "clm", "steps": 2, "batch_size": 4},
+        "mlm": {"objective": "mlm", "steps": 2, "batch_size": 4},
+    },
     "evaluate": {"samples": 4, "draws": 1, "mask_rates": [0.5]},
     "analyse": {"samples": 2, "mask_rates": [0.5], "tokens": 8, "heads": 1},
     "samples": {"number": 1, "steps": 2},

@@ -47,7 +47,11 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("joint.share", 0.5, CLM | DIFFUSION | {"tune_jointly", "evaluate_fused", "sample_fused"}),
     ("fine_tune.clm.lr", 2.0e-3, CLM),
     ("fine_tune.diffusion.steps", 9, DIFFUSION),
-    ("fine_tune.mlm", {"steps": 8, "batch_size": 4}, REPORT | {"fine_tune_mlm", "evaluate_mlm", "sample_mlm"}),
+    (
+        "fine_tune.mlm",
+        {"objective": "mlm", "steps": 8, "batch_size": 4},
+        REPORT | {"fine_tune_mlm", "evaluate_mlm", "sample_mlm"},
+    ),
     ("evaluate.draws", 4, EVALUATIONS),
     ("samples.steps", 5, REPORT | {"sample_fused", "sample_diffusion"}),
     ("samples.top_k", 5, REPORT | {"sample_fused", "sample_clm", "sample_diffusion"}),

@@ -10,11 +10,12 @@ import pytest
 
 from stackwise.artifacts.code import PROJECT
 from stackwise.errors import UserError
-from tests.pipeline.inprocess import Changes, Pipeline, project
+from tests.pipeline.inprocess import BASE, Changes, Pipeline, project
 
 QUIZ = [{"prompt": "a ", "choices": ["b", "cc"], "answer": i % 2} for i in range(6)]
 ASKED: Changes = {"evaluate.choices": [{"file": "quiz.jsonl", "draws": 3}], "samples.number": 3}
 FIGURES = {f"{name}.svg" for name in ("similarity", "boundaries", "lens", "lens_text", "attention", "maps")}
+ONLY_CLM = {"clm": BASE["fine_tune"]["clm"]}
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +99,8 @@ def test_made_again_it_is_the_same_bytes(pipeline: Pipeline) -> None:
     [
         ({"objective": {"type": "clm"}, "fine_tune": {}}, {"causal"}, {"bidirectional, 50% masked"}),
         ({"fine_tune": {}}, {"bidirectional, 50% masked"}, {"causal"}),
-        ({"model.attention.type": "kernel", "fine_tune.mlm": None}, {"causal"}, set()),
-        ({"model.attention": {"type": "mla", "n_heads": 2, "mla_rkv": 8}, "fine_tune.mlm": None}, {"causal"}, set()),
+        ({"model.attention.type": "kernel", "fine_tune": ONLY_CLM}, {"causal"}, set()),
+        ({"model.attention": {"type": "mla", "n_heads": 2, "mla_rkv": 8}, "fine_tune": ONLY_CLM}, {"causal"}, set()),
     ],
     ids=["causal from the start", "no causal model", "kernels", "latents"],
 )
@@ -112,7 +113,7 @@ def test_any_rack_can_be_looked_into(changes: Changes, kept: set[str], missing: 
 
 
 def test_another_scorer_scores_otherwise(pipeline: Pipeline) -> None:
-    causal: Changes = {"objective": {"type": "clm"}, "fine_tune.mlm": None}
+    causal: Changes = {"objective": {"type": "clm"}, "fine_tune": ONLY_CLM}
     first, own, other = (
         pipeline.run({**causal, **more}, leave_out=("report",))
         for more in ({}, {"evaluate.scorer": "fused"}, {"evaluate.scorer": "clm"})

@@ -254,7 +254,8 @@ def cases() -> Iterator[Case]:
     quiz: Changes = {"evaluate.choices": [{"file": "quiz.jsonl", "draws": 2}]}
     yield of("evaluate.choices", quiz["evaluate.choices"], "answer_choices_fused")
     # a causal model reads a choice as it is
-    yield of("evaluate.choices.0.draws", 5, "answer_choices_fused", base={**quiz, "fine_tune.mlm": None})
+    only_causal = {"clm": {"objective": "clm", "steps": 2, "batch_size": 4}}
+    yield of("evaluate.choices.0.draws", 5, "answer_choices_fused", base={**quiz, "fine_tune": only_causal})
     yield of("analyse.samples", 3, "analyse")
     yield of("analyse.mask_rates", [0.25], "analyse")
     yield of("analyse.tokens", 6, "analyse")

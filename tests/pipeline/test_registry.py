@@ -18,7 +18,10 @@ from tests.pipeline.inprocess import Changes, Pipeline, project
 
 ROOT = Path(__file__).resolve().parents[2]
 STORE = "sqlite:///mlflow.db"
-TRACKED: Changes = {"tracking": {"enabled": True, "system_metrics": False}, "fine_tune": {"clm": {"steps": 2}}}
+TRACKED: Changes = {
+    "tracking": {"enabled": True, "system_metrics": False},
+    "fine_tune": {"clm": {"objective": "clm", "steps": 2}},
+}
 LEFT_OUT = ("report", "sample", "analyse", "score_samples")
 
 

@@ -13,7 +13,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from stackwise.adapters.lora import (
-    KINDS,
     adapt,
     adapter_parameters,
     load_adapter,
@@ -30,6 +29,8 @@ from stackwise.model.context import Context
 from stackwise.model.stack import Stack
 from stackwise.precision.formats import quantize
 
+KINDS: tuple[Kind, ...] = ("stack", "trunk")
+"""What a stack has while its rack grows."""
 MODEL = ModelParams(d_model=64, attention=AttentionParams(n_heads=4), mlp=MLPParams(hidden=128))
 LATENT = AttentionParams(type="mla", n_heads=4, mla_rq=16, mla_rkv=16)
 DENSE_NAMES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

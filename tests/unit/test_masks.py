@@ -635,7 +635,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"objective.random_share": 0.1}, "objective.random_share = 0.1: has no effect with objective.type diffusion"),
     ({"objective.type": "mlm", "objective.random_share": 0.6, "objective.keep_share": 0.5}, "expected at most 0.4"),
     (
-        {"fine_tune.mlm": {"random_share": 0.6, "keep_share": 0.5}},
+        {"fine_tune.mlm": {"objective": "mlm", "random_share": 0.6, "keep_share": 0.5}},
         "fine_tune.mlm.keep_share = 0.5: expected at most 0.4",
     ),
     ({"objective.schedule_over": "training"}, "objective.schedule_over = training: has no effect without"),
@@ -678,7 +678,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"objective.num_time_steps": 1, "objective.time_step_fractions": [0.5], "objective.mask_min": 0.3},
         "objective.mask_min = 0.3: has no effect with objective.time_step_fractions",
     ),
-    ({"objective.type": "custom", "fine_tune.clm": None}, "data.ids_column = null: expected the name of a column"),
+    ({"objective.type": "custom", "fine_tune": {}}, "data.ids_column = null: expected the name of a column"),
     (
         {"data": {"source": "files", "files": ["x.jsonl"], "ids_column": "x", "labels_column": "y"}},
         "data.ids_column = x: expected the name of a column if objective.type is custom, else null",
@@ -688,7 +688,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
             "data": {"source": "files", "files": ["x.jsonl"], "ids_column": "x", "labels_column": "y"},
             "objective.type": "custom",
         },
-        "fine_tune.clm = {batch_size: 4, lr: 0.001, steps: 8}: expected null",
+        "fine_tune.clm = {batch_size: 4, lr: 0.001, objective: clm, steps: 8}: expected no such branch",
     ),
 ]
 

@@ -44,7 +44,8 @@ def test_the_projects_own_files_are_valid() -> None:
 
 def test_values_and_defaults(params: Params) -> None:
     assert (params.seed, params.stack.lr, params.compute.dtype) == (0, 3e-3, "bf16")
-    assert (params.trunk.precision, params.fine_tune.mlm, params.model.attention.n_kv_heads) == ("bfloat16", None, None)
+    assert (params.trunk.precision, params.fine_tune["clm"].lora) == ("bfloat16", None)
+    assert params.model.attention.n_kv_heads is None
 
 
 def test_a_file_loads_the_same_whatever_its_layout(tmp_path: Path, params: Params) -> None:
@@ -72,10 +73,10 @@ def test_parameters_cannot_be_changed(params: Params) -> None:
 def test_a_view_has_what_is_declared_and_no_more(params: Params) -> None:
     part = view(params, ("seed", "model", "compute.dtype", "fine_tune.clm"))
     assert (part.seed, part.model, part.compute.dtype) == (0, params.model, "bf16")
-    assert part.fine_tune.clm == params.fine_tune.clm
+    assert part.fine_tune == {"clm": params.fine_tune["clm"]}
     assert all(getattr(part, name) == getattr(params, name) for name in UNTRACKED)
     undeclared = [(part, "stack"), (part, "seq_len"), (part.compute, "threads"), (part.compute, "device")]
-    for section, name in (*undeclared, (part.fine_tune, "mlm"), (part.fine_tune, "diffusion")):
+    for section, name in undeclared:
         with pytest.raises(AttributeError):
             getattr(section, name)
 

@@ -38,6 +38,7 @@ from stackwise.plan.rates import ACCELERATORS, rate_of
 from stackwise.plan.rows import rows_of
 from stackwise.plan.step import Cost, Step, cost_of_pass, cost_of_step, state_bytes
 from stackwise.plan.tape import Meter
+from stackwise.plan.tuning import branch_tuning
 from stackwise.plan.weights import Part, embeddings_weights, head_weights, lora_weights, stack_weights
 from stackwise.precision import formats
 from stackwise.precision.dtypes import DTYPES, autocast
@@ -210,7 +211,10 @@ def window_of(step: Step) -> Window:
         embeddings = shape.build_embeddings()
         if not step.embeddings_learn:
             embeddings.requires_grad_(False)
-    window = Window(stacks, shape.build_head(embeddings), embeddings, checkpointing=step.checkpointing)
+    head = shape.build_head(embeddings)
+    if not step.head_learns:
+        head.requires_grad_(False)
+    window = Window(stacks, head, embeddings, checkpointing=step.checkpointing)
     for parameter in window.parameters():
         if parameter.is_floating_point():
             nn.init.normal_(parameter.data, std=0.02)
@@ -307,6 +311,7 @@ def windows(model: ModelParams) -> dict[str, Step]:
         "adapters below": step_of(model, adapted, new),
         "adapters above, checkpointing": step_of(model, new, adapted, checkpointing=True),
         "adapters alone": step_of(model, StackPlan(model, 1, adapters=(LoRA(2, frozenset({"v_proj"})),))),
+        "adapters below a frozen head": step_of(model, adapted, from_boundary=False, head_learns=False),
         "adapters of one network": step_of(model, StackPlan(model, 2, adapters=(LoRA(2, frozenset({"down_proj"})),))),
         "tied": step_of(model.model_copy(update={"tie_embeddings": True}), new, **tokens),
         "tied to frozen embeddings": step_of(model.model_copy(update={"tie_embeddings": True}), new),
@@ -579,3 +584,54 @@ def test_the_plan_imports_no_torch() -> None:
         f"import sys\nfrom stackwise.plan import {modules}\nassert not {{'torch', 'zarr', 'peft'}} & {{*sys.modules}}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- fine-tuning
+
+
+BRANCHES = {
+    "full": {"objective": "clm", "batch_size": 4},
+    "lora": {"objective": "clm", "batch_size": 4, "method": "lora", "lora": {"rank": 3}},
+    "qlora": {"objective": "clm", "batch_size": 4, "method": "qlora", "lora": {"rank": 3}, "precision": "fp8"},
+    "labels": {
+        "objective": "classification",
+        "batch_size": 4,
+        "data": {"format": "sequence_labels", "files": ["x.jsonl"], "labels": ["a", "b", "c"]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_learns_and_holds_what_the_plan_says(name: str, params: Params, tmp_path: Any) -> None:
+    from stackwise.finetuning.branch import load_base
+    from stackwise.finetuning.classifier import Classes, Classifier
+    from stackwise.growth.racks import save_rack
+    from stackwise.model.rack import Rack
+
+    tree = params.model_dump(exclude_unset=True) | {"fine_tune": BRANCHES}
+    planned = Params.model_validate(tree)
+    width = planned.model.d_model
+    tuning = branch_tuning(planned, name, Vocabulary(planned.model, 50, width, width), "cpu")
+    blocks = [planned.stack_params(k).blocks for k in range(planned.n_stacks)]
+    rack = Rack(RackShape.of(planned.model, blocks, 50))
+    for parameter in rack.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    for directory in ("tokenizer", "rack"):
+        (tmp_path / directory).mkdir()
+    save_rack(tmp_path / "rack", rack, tmp_path / "tokenizer")
+    model: Any = load_base(tmp_path / "rack", planned.fine_tune[name], name=name, seed=0, device=CPU)
+    if name == "labels":
+        model = Classifier.of(model, Classes(("a", "b", "c"), pooled=True))
+    assert tuning.learns == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapters = tuning.learns if name in ("lora", "qlora") else 0
+    whole = sum(p.numel() for p in rack.parameters())
+    assert sum(tuning.frozen.values()) == (whole if adapters else 0)
+    assert {precision for precision, n in tuning.frozen.items() if n} == {
+        "full": set(), "labels": set(), "lora": {"full"}, "qlora": {"full", "fp8"},
+    }[name]  # fmt: skip
+    full = branch_tuning(planned, "full", Vocabulary(planned.model, 50, width, width), "cpu")
+    if adapters:
+        assert cost_of_step(tuning.step).memory["optimizer"] < cost_of_step(full.step).memory["optimizer"] / 3
+    if name == "qlora":
+        lora = branch_tuning(planned, "lora", Vocabulary(planned.model, 50, width, width), "cpu")
+        assert cost_of_step(tuning.step).memory["frozen"] < cost_of_step(lora.step).memory["frozen"]

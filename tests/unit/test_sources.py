@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from stackwise import variants
-from stackwise.config.params import UNTRACKED, Params, load
+from stackwise.config.params import UNTRACKED, Params
 from workflow.stages import ALL, NEUTRAL, Stage, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,10 +26,11 @@ VARIANT = re.compile("stackwise/(attention|mlp)/")
 @cache
 def full_params() -> Params:
     """With every branch, joint fine-tuning, pretrained and tied embeddings, and a stack for each architecture."""
-    params = load(ROOT / "params.yaml")
     tree = yaml.safe_load((ROOT / "params.yaml").read_text())
     tree["joint"]["share"] = 0.5
-    tree["fine_tune"] = {name: {} for name in type(params.fine_tune).model_fields}
+    tree["fine_tune"] = {name: {"objective": name} for name in ("clm", "mlm", "diffusion")}
+    own = {"format": "sequence_labels", "dataset": "some/set"}
+    tree["fine_tune"]["classes"] = {"objective": "classification", "data": own}
     tree["model"] |= {"tie_embeddings": True, "embeddings": {"source": "some/model"}}
     tree["evaluate"]["choices"] = [{"file": "some/choices.jsonl"}]
     tree["tokenizer"] = {"type": "pretrained", "vocab_size": None}
@@ -43,7 +44,7 @@ def full_params() -> Params:
     tree["stacks"] = [{"attention": a, "init": "random"} for a in attention]
     tree["stacks"][4]["mlp"] = {"type": "moe"}
     tree["n_stacks"] = len(attention)
-    tree["export"] = {"models": ["fused", *tree["fine_tune"]]}
+    tree["export"] = {"models": ["fused", "clm", "mlm", "diffusion"]}
     # Together they cannot be; each makes stages read what they do not read otherwise.
     tree["objective"]["schedule"] = "linear"
     tree["model"]["time"] = {"sampling": "batch"}

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this project's packages; not the scripts beside this one
@@ -14,7 +15,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from stackwise.config.training import FineTuneParams
 from stackwise.data.tokens import KIND as TOKENS
 from stackwise.data.tokens import open_tokens
 from stackwise.growth.fusing import fuse
@@ -23,6 +23,7 @@ from stackwise.growth.racks import load_rack
 from stackwise.growth.stacks import KIND as STACK
 from stackwise.growth.stacks import Training
 from stackwise.growth.trunk import adapted_stacks
+from stackwise.inference.completions import completion_metrics
 from stackwise.inference.depth import costs
 from stackwise.inference.evaluation import Evaluator, Metrics
 from stackwise.model.rack import Rack
@@ -32,7 +33,8 @@ from stackwise.training.device import set_up
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Arguments of the script."""
-    parser.add_argument("--name", required=True, help="what the model is called; fine-tuned ones by what they learned")
+    parser.add_argument("--name", required=True, help="what the model is called")
+    parser.add_argument("--objective", choices=["clm", "mlm", "diffusion"], help="what it was fine-tuned for")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--trainings", type=Path, nargs="+", help="trainings, in the order in which they took place")
     model.add_argument("--model", type=Path, help="fused or fine-tuned rack")
@@ -42,6 +44,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--trunk", type=Path, nargs="+", default=[], help="trunk artifacts that adapters have learned on"
     )
     parser.add_argument("--tokens", type=Path, required=True, help="tokens artifact")
+    parser.add_argument("--own", type=Path, help="tokens artifact of own data that it was fine-tuned on")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
 
 
@@ -56,12 +59,25 @@ def work(run: StageRun) -> None:
         rack = fuse(trainings, args.order, adapted_stacks(trunk, trainings))
     else:
         rack = load_rack(run.read("model", args.model, RACK).path)
-    evaluator = Evaluator(tokens, params.evaluate, params.seed, device, params.compute.dtype)
     rack = rack.to(device).eval()
-    learned = args.name if args.name in FineTuneParams.model_fields else params.objective.type
+    evaluator = Evaluator(tokens, params.evaluate, params.seed, device, params.compute.dtype)
+    learned = args.objective or params.objective.type
+    metrics = _measured(run, evaluator, rack, learned, by_depth=args.model is not None)
+    if args.own is not None:
+        own = replace(evaluator, tokens=open_tokens(run.read("own", args.own, TOKENS), params.seq_len))
+        if own.tokens.validation.packed:
+            metrics["own"] = completion_metrics(rack, own, causal=learned == "clm")
+        else:
+            metrics["own"] = _measured(run, own, rack, learned, by_depth=False)
+    run.write_json(args.out, metrics)
+    run.report_metrics(args.name, metrics, depth=args.depth)
+
+
+def _measured(run: StageRun, evaluator: Evaluator, rack: Rack, learned: str, *, by_depth: bool) -> Metrics:
+    """What is known of a rack on held-out text, beside the unigram baseline."""
     figure = {"clm": "next_token", "custom": "labelled"}.get(learned, "nelbo")
-    causal = learned == "clm" or (learned == "custom" and params.objective.causal)
-    if args.model:
+    causal = learned == "clm" or (learned == "custom" and run.params.objective.causal)
+    if by_depth:
         metrics = _by_depth(run, evaluator, rack, figure, causal=causal)
     elif figure == "nelbo":
         metrics = evaluator.diffusion(rack)
@@ -69,9 +85,7 @@ def work(run: StageRun) -> None:
         metrics = {figure: evaluator.next_token(rack)}
     else:
         metrics = {figure: evaluator.labelled(rack, causal=causal)}
-    metrics["unigram"] = evaluator.unigram(labelled=learned == "custom")
-    run.write_json(args.out, metrics)
-    run.report_metrics(args.name, metrics, depth=args.depth)
+    return {**metrics, "unigram": evaluator.unigram(labelled=learned == "custom")}
 
 
 def _by_depth(run: StageRun, evaluator: Evaluator, rack: Rack, figure: str, *, causal: bool) -> Metrics:

@@ -29,6 +29,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--losses", type=Path, nargs="+", required=True, help="loss curves")
     parser.add_argument("--choices", type=Path, nargs="+", default=[], help="metrics of multiple-choice questions")
     parser.add_argument("--scores", type=Path, help="metrics of the texts of the models")
+    parser.add_argument("--classifiers", type=Path, nargs="+", default=[], help="metrics of the classifiers, in order")
     parser.add_argument("--depth", type=Path, required=True, help="JSON file to write: the bound or NLL by depth")
     parser.add_argument("--summary", type=Path, required=True, help="JSON file to write: main figures of the models")
     parser.add_argument("--out", type=Path, required=True, help="artifact to write")
@@ -43,7 +44,8 @@ def work(run: StageRun) -> None:
     samples = [run.read(f"samples.{path.name}", path, SAMPLES) for path in args.samples]
     curve = [{"training": i, **metrics[main_figure(metrics)]} for i, metrics in enumerate(depths.values())]
     run.write_json(args.depth, curve)
-    run.write_json(args.summary, summary(metrics))
+    classifiers = {path.stem: run.read_json(path) for path in args.classifiers}
+    run.write_json(args.summary, summary(metrics | classifiers))
     with run.publish(args.out, KIND) as draft:
         loss_curves({path.stem: run.read_json(path) for path in args.losses}, draft.directory / "losses.svg")
         depth_curve(depths, draft.directory / "depth.svg")
