@@ -4,11 +4,13 @@ import pytest
 
 COVERED = "covered"
 """Property of a test: a line for the summary."""
+LONGEST = ("test_killed_in_every_kind_of_stage", "test_commands")
+"""What the names of the tests that take minutes begin with."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests that take minutes come first, so that at the end no process waits for another."""
-    items.sort(key=lambda item: "test_killed_in_every_kind_of_stage" not in item.name)
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -42,7 +42,7 @@ BASE: dict[str, Any] = {
     "checkpoint": {},
     "tracking": {"enabled": False},
 }
-SHOWING = ("sample", "score_samples", "report")
+SHOWING = ("sample", "score_samples", "analyse", "report")
 """Scripts of what is shown of the models."""
 Changes = Mapping[str, Any]
 """Values by dotted path of params.yaml."""

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 # check_params reads the whole file, so it stands in every set: any change of a value has to be checked.
 CHECK = {"check_params"}
 REPORT = CHECK | {"report"}
-CLM = REPORT | {"fine_tune_clm", "evaluate_clm", "sample_clm"}
-DIFFUSION = REPORT | {"fine_tune_diffusion", "evaluate_diffusion", "sample_diffusion"}
+CLM = REPORT | {"fine_tune_clm", "evaluate_clm", "sample_clm", "analyse", "score_samples"}
+DIFFUSION = REPORT | {"fine_tune_diffusion", "evaluate_diffusion", "sample_diffusion", "score_samples"}
 EVALUATIONS = REPORT | {
     *("evaluate_stack_0", "evaluate_stack_1", "evaluate_fused", "evaluate_clm", "evaluate_diffusion")
 }
@@ -50,11 +50,11 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     (
         "fine_tune.mlm",
         {"objective": "mlm", "steps": 8, "batch_size": 4},
-        REPORT | {"fine_tune_mlm", "evaluate_mlm", "sample_mlm"},
+        REPORT | {"fine_tune_mlm", "evaluate_mlm", "sample_mlm", "score_samples"},
     ),
     ("evaluate.draws", 4, EVALUATIONS),
-    ("samples.steps", 5, REPORT | {"sample_fused", "sample_diffusion"}),
-    ("samples.top_k", 5, REPORT | {"sample_fused", "sample_clm", "sample_diffusion"}),
+    ("samples.steps", 5, REPORT | {"sample_fused", "sample_diffusion", "score_samples"}),
+    ("samples.top_k", 5, REPORT | {"sample_fused", "sample_clm", "sample_diffusion", "score_samples"}),
     ("checkpoint.every", 6, CHECK),
     ("activations.budget_gb", 49.0, CHECK),
     ("stacks", [{}, {}, {}], CHECK),

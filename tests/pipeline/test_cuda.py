@@ -39,7 +39,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
 
 def losses(pipeline: Pipeline, changes: Changes) -> dict[str, list[float]]:
     """The loss curves of all trainings, and every bound."""
-    made = pipeline.run(changes, leave_out=("report",))
+    made = pipeline.run(changes)
     curves = {path: json.loads(Path(path).read_text()) for files in made.values() for path in files if "loss" in path}
     found = {path: [point["loss"] for point in curve] for path, curve in curves.items()}
     bounds = json.loads(Path("metrics/fused.json").read_text())

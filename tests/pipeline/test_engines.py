@@ -10,7 +10,7 @@ EVERYTHING = {
     *("check_params", "corpus", "tokenize", "train_stack_0", "evaluate_stack_0"),
     *("quantize_trunk_0", "cache_activations_1", "train_stack_1", "evaluate_stack_1"),
     *("fuse", "evaluate_fused", "fine_tune_clm", "evaluate_clm", "fine_tune_diffusion", "evaluate_diffusion"),
-    *("sample_fused", "sample_clm", "sample_diffusion", "report"),
+    *("sample_fused", "sample_clm", "sample_diffusion", "score_samples", "analyse", "report"),
 }
 
 
@@ -60,7 +60,7 @@ def test_independent_branches_run_at_the_same_time(project: "Project") -> None:
 
 
 def test_experiments(project: "Project") -> None:
-    branch = ["check_params", "evaluate_clm", "fine_tune_clm", "report", "sample_clm"]
+    branch = ["analyse", "check_params", "evaluate_clm", "fine_tune_clm", "report", "sample_clm", "score_samples"]
     project.dvc("exp", "run", "--set-param", "fine_tune.clm.lr=2e-3")
     assert project.ran() == branch
     assert project.planned() == set()
@@ -86,7 +86,7 @@ def test_the_number_of_stacks_is_a_parameter(project: "Project") -> None:
     third = {
         *("check_params", "quantize_trunk_1", "cache_activations_2", "train_stack_2", "evaluate_stack_2"),
         *("fuse", "evaluate_fused", "fine_tune_clm", "evaluate_clm", "fine_tune_diffusion", "evaluate_diffusion"),
-        *("sample_fused", "sample_clm", "sample_diffusion", "report"),
+        *("sample_fused", "sample_clm", "sample_diffusion", "score_samples", "analyse", "report"),
     }
     assert project.planned() == third
     project.git("checkout", "dvc.yaml")  # which Snakemake has rendered

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import COVERED
-from tests.pipeline.inprocess import Changes, Pipeline, downstream, project
+from tests.pipeline.inprocess import SHOWING, Changes, Pipeline, downstream, project
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_what_is_said_to_change_no_result_changes_none(
     """The pipeline runs again for it, from nothing. A shard holds a third of a time step, and all are taken twice."""
     data: Changes = {"seq_len": 128, "data.dummy_documents": 40, "model.d_model": 64, "trunk.activations": "fp32"}
     base = {**data, "fine_tune": {}, "objective.variants": 3, "stack.steps": 60, "stack.batch_size": 8}
-    leave_out, stores = ("report", "evaluate"), Path(".stackwise/activations")
+    leave_out, stores = (*SHOWING, "evaluate"), Path(".stackwise/activations")
     before, lines = pipeline.run(base, leave_out=leave_out), []
     for name, change in UNTRACKED.items():
         pipeline.forget()

