@@ -817,12 +817,11 @@ def dvc_yaml(stages: list[Stage]) -> str:
         if keys := [key for key in stage.params if key not in stage.defaulted]:
             # All parameters of the file, compared by value, is a file name without keys.
             entry["params"] = [{"params.yaml": None}] if ALL in stage.params else keys
-        # All figures of all models would be a table of a hundred columns: DVC compares those of the summary.
-        details = [m for m in stage.metrics if m != SUMMARY]
-        if stage.outputs or details:
-            entry["outs"] = [*stage.outputs, *({m: {"cache": False}} for m in details)]
-        if SUMMARY in stage.metrics:
-            entry["metrics"] = [{SUMMARY: {"cache": False}}]
+        if stage.outputs:
+            entry["outs"] = list(stage.outputs)
+        # Not among `outs`, where a file without a cache keeps DVC from putting the stage back out of its run-cache.
+        if stage.metrics:
+            entry["metrics"] = [{m: {"cache": False}} for m in stage.metrics]
         if stage.plots:
             entry["plots"] = [{p: {"cache": False, **_axes(p)}} for p in stage.plots]
         body[stage.name] = entry
