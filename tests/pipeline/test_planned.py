@@ -41,7 +41,10 @@ COMMON: Changes = {
 PREPEND = REGIMES["prepend, frozen"]
 # Where a stack of the trunk takes more than the window's gradients and activations.
 THIN: Changes = {"stack.batch_size": 1, "seq_len": 16, "trunk.precision": "full", "adapters.stack": {"rank": 2}}
-LIKE_OTHERS = ("layerwise", "window 1, stride 2", "window 1, unfreezing", "sweeps after growth")
+LIKE_OTHERS = (
+    *("layerwise", "blockwise, masks redrawn", "fused, trainable", "window 1, stride 2", "window 1, unfreezing"),
+    *("insert, frozen", "prepend, frozen", "depth as time", "qlora, window all", "sweeps after growth"),
+)
 """Regimes whose trainings are of kinds that others have."""
 CASES: dict[str, Changes] = {
     "prepend, nf4": {**PREPEND, "trunk.precision": "nf4"},

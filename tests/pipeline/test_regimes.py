@@ -66,7 +66,10 @@ ADAPTERS: dict[str, Changes] = {
     **{f"trunk {name}": {"adapters.trunk": settings} for name, settings in _STRATEGIES.items()},
     "both": {"adapters.stack": _STRATEGIES["variable"], "adapters.trunk": _STRATEGIES["progressive"]},
 }
-VARIATIONS = ("blockwise, masks redrawn", "window 1, stride 2", "window 1, unfreezing", "sweeps after growth")
+VARIATIONS = (
+    *("layerwise", "blockwise, masks redrawn", "window 1, stride 2", "window 1, unfreezing", "window all"),
+    *("insert, frozen", "sweeps after growth", "end to end, stackwise"),
+)
 """Of other regimes, which meet every format: one is enough for them, as for the other strategies of adapters."""
 LEARN_ALL = ("fused, trainable", "window 1", "window all", "insert, trainable")
 
