@@ -256,10 +256,6 @@ def cases() -> Iterator[Case]:
     # a causal model reads a choice as it is
     only_causal = {"clm": {"objective": "clm", "steps": 2, "batch_size": 4}}
     yield of("evaluate.choices.0.draws", 5, "answer_choices_fused", base={**quiz, "fine_tune": only_causal})
-    yield of("analyse.samples", 3, "analyse")
-    yield of("analyse.mask_rates", [0.25], "analyse")
-    yield of("analyse.tokens", 6, "analyse")
-    yield of("analyse.heads", 2, "analyse")
     # early stopping
     steep: Changes = {"stack.steps": 12, "stack.lr": 0.3, "optimizer.schedule": "constant"}
     yield of("stack.stop_every", 2, base=steep)
@@ -308,7 +304,16 @@ def test_parameter(case: Case, pipeline: Pipeline, record_property: Callable[[st
     record_property(COVERED, f"{case.name:<60} {len(different):>2} of {len(after)} stages, from {case.first}")
 
 
-# --- samples
+# --- analysis and samples
+
+
+@pytest.mark.parametrize(("key", "value"), [("samples", 3), ("mask_rates", [0.25]), ("tokens", 6), ("heads", 2)])
+def test_analysis(key: str, value: object, pipeline: Pipeline) -> None:
+    shown = tuple(name for name in SHOWING if name != "analyse")
+    before = pipeline.run({}, leave_out=shown)
+    after = pipeline.run({f"analyse.{key}": value}, leave_out=shown)
+    assert {name for name in after if after[name] != before[name]} == {"analyse"}
+
 
 CLM, UNMASKING = {"sample_clm"}, {"sample_fused", "sample_mlm"}
 SAMPLES: list[tuple[str, object, set[str], Changes]] = [

@@ -25,9 +25,11 @@ def test_summary_has_the_main_figures_and_the_baseline() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def test_dvc_compares_the_summary_alone_and_its_plots_have_axes() -> None:
+def test_dvc_compares_metrics_and_its_plots_have_axes() -> None:
     stages = yaml.safe_load(dvc_yaml(table(load(ROOT / "params.yaml"))))["stages"]
-    assert [stage["metrics"] for stage in stages.values() if "metrics" in stage] == [[{SUMMARY: {"cache": False}}]]
+    metrics = [metric for stage in stages.values() for metric in stage.get("metrics", ())]
+    assert {SUMMARY: {"cache": False}} in metrics
+    assert {"metrics/fused.json": {"cache": False}} in metrics
     plots = {
         path: shown for stage in stages.values() for plot in stage.get("plots", ()) for path, shown in plot.items()
     }
@@ -35,5 +37,5 @@ def test_dvc_compares_the_summary_alone_and_its_plots_have_axes() -> None:
     losses = [shown for path, shown in plots.items() if path.startswith("metrics/loss/")]
     assert losses
     assert all((shown["x"], shown["y"]) == ("step", "loss") and shown["x_label"] for shown in losses)
-    kept = [out for stage in stages.values() for out in stage.get("outs", ()) if isinstance(out, dict)]
-    assert {"metrics/fused.json": {"cache": False}} in kept
+    # DVC puts no stage back out of its run-cache that has a plain output without a cache.
+    assert all(isinstance(out, str) for stage in stages.values() for out in stage.get("outs", ()))
